@@ -1,0 +1,72 @@
+# The two commands of this project, on a machine with Python 3.11 or 3.12 and a C compiler:
+#   make bench   a quick benchmark against torch.nn, with its table and plot
+#   make test    lint, format check and all tests
+# Both set up $(VENV) first. PYTHON=... chooses the interpreter, VENV=... the folder, TORCH=... torch's requirement.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+# Where there is no GPU: the release whose CPU build the index may offer; a newer one can be CUDA only.
+HAS_GPU = nvidia-smi -L >/dev/null 2>&1
+TORCH ?= $(shell if $(HAS_GPU); then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
+
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: help venv bench test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, with its test, bench and examples extras
+
+bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
+	$(BIN)/python -m bench --quick
+
+test: $(STAMP) lint ## Lint, format check and all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check with ruff, and clang-format where there are C++ sources
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+format: $(STAMP) ## Reformat the sources
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+clean: ## Remove build products and caches; the virtual environment and the benchmark results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks bench/out
+	find . -path './.venv*' -prune -o -path ./.git -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+# torch comes first, and the install is not isolated: a build environment of its own would fetch torch again,
+# and a later package's range would choose another build of it.
+$(STAMP): pyproject.toml setup.py
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    python='$(PYTHON)'; \
+	    if [ -z "$$python" ]; then \
+	        for candidate in python3.11 python3.12 python3; do \
+	            if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
+	                >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	        done; \
+	    fi; \
+	    if [ -z "$$python" ]; then \
+	        echo 'fastrnn needs Python 3.11 or 3.12 with its venv and ensurepip modules (Debian: python3-venv);' >&2; \
+	        echo 'none of python3.11, python3.12, python3 is one. Name an interpreter: make PYTHON=/path/to/python' >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "$$python -m venv $(VENV)"; \
+	    "$$python" -m venv $(VENV); \
+	fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || ( set -x; $(PIP) install '$(TORCH)' )
+	$(PIP) install 'setuptools>=77.0.3'
+	$(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
+	@touch $@

@@ -1,0 +1,24 @@
+"""Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models, with fused kernels for the whole time loop and its gradient."""
+
+from .convert import convert
+from .dispatch import BackendInfo, backends, use_backend
+from .explain import Explanation, LayerExplanation, explain
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BackendInfo",
+    "Explanation",
+    "GRUCell",
+    "LSTMCell",
+    "LayerExplanation",
+    "RNNCell",
+    "backends",
+    "convert",
+    "explain",
+    "use_backend",
+]

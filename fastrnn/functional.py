@@ -1,0 +1,436 @@
+"""One layer: input projection, time loop and back-propagation through time, as autograd Functions.
+
+The structure is the smallest that is right for first and second derivatives, ``torch.func`` transforms and
+``torch.compile`` alike:
+
+* ``Scan`` runs the projection and the fused time loop and keeps the activated gates.
+* ``ScanBackward`` turns the gradients of the results into those of the inputs with the fused backward loop. It is a
+  Function of its own so that it can be differentiated: its backward goes through ``reference.layer`` twice.
+* ``ScanTransformed`` and ``ScanBackwardTransformed`` are the same two with the extra methods that functorch asks for. They cost
+  more per call and are used only while a transform is active. Their ``vmap`` folds a mapped dimension into the batch, or, where
+  the weights are mapped too, into the groups.
+
+Results of a Function never alias and are never views, so that they may be changed in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import linear
+
+from . import ops, reference
+from .reference import CELLS
+
+
+class _Config(NamedTuple):
+    """What a Function needs besides tensors."""
+
+    backend: str
+    cell: str
+    reverse: tuple[int, ...]
+    # Number of interleaved examples whose weight gradients are kept apart: example e of row r is at r * examples + e.
+    examples: int = 1
+    # Which of the inputs need a gradient, in the order of _Inputs.
+    needs: tuple[bool, ...] = ()
+
+
+class _Inputs(NamedTuple):
+    """The tensors of a layer, in the order of ``layer``'s arguments."""
+
+    x: Tensor
+    weight_ih: Tensor
+    bias_ih: Tensor | None
+    weight_hh: Tensor
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+
+
+def _project(inputs: _Inputs, cell: str) -> tuple[Tensor, Tensor | None]:
+    """gates_x (rows, D, G*H) and bias_hn (D, H): W_ih x with all biases that may be added before the time loop."""
+    x, weight_ih, bias_ih, _, bias_hh, _, _, _ = inputs
+    groups, gate_size, input_size = weight_ih.shape
+    bias, bias_hn = bias_ih, None
+    if cell == "gru":
+        size = gate_size // 3
+        if bias_hh is None:
+            bias_hn = weight_ih.new_zeros(groups, size)
+        else:
+            bias, bias_hn = bias_ih.clone(), bias_hh[:, 2 * size :]
+            bias[:, : 2 * size] += bias_hh[:, : 2 * size]
+    elif bias_hh is not None:
+        bias = bias_ih + bias_hh
+    rows, sources, _ = x.shape
+    weight = weight_ih.reshape(sources, -1, input_size)
+    if sources == 1:
+        gates_x = linear(x[:, 0], weight[0], None if bias is None else bias.reshape(-1))
+        return gates_x.view(rows, groups, gate_size), bias_hn
+    gates_x = torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    gates_x = gates_x.reshape(rows, groups, gate_size)
+    return (gates_x if bias is None else gates_x + bias), bias_hn
+
+
+def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bool) -> tuple[Tensor, ...]:
+    gates_x, bias_hn = _project(inputs, config.cell)
+    return ops.scan_forward(
+        config.backend,
+        config.cell,
+        gates_x,
+        inputs.weight_hh,
+        inputs.weight_hr,
+        bias_hn,
+        inputs.h0,
+        inputs.c0,
+        batch_sizes,
+        config.reverse,
+        save,
+    )
+
+
+def _weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
+    """Sum over rows of d_out (rows, D, N) times source (rows, D or 1 or E, K), per example: (examples, D, N, K)."""
+    rows, groups, columns = d_out.shape
+    depth = source.shape[2]
+    d_out = d_out.reshape(rows // examples, examples, source.shape[1], -1).permute(1, 2, 3, 0)
+    source = source.reshape(rows // examples, examples, -1, depth).permute(1, 2, 0, 3)
+    if examples == 1 and source.shape[1] == 1:
+        return torch.mm(d_out[0, 0], source[0, 0]).view(1, groups, columns, depth)
+    return torch.matmul(d_out, source).reshape(examples, groups, columns, depth)
+
+
+def _bias_gradient(d_out: Tensor, examples: int) -> Tensor:
+    rows, groups, columns = d_out.shape
+    return d_out.reshape(rows // examples, examples, groups, columns).sum(0)
+
+
+def _unprojected_hidden(gates: Tensor, cell_prev: Tensor) -> Tensor:
+    """The LSTM's o * tanh(c') of every row, (rows, D, H), from the saved gates i, f, g, o."""
+    i, f, g, o = gates.chunk(4, -1)
+    return o * torch.tanh(f * cell_prev + i * g)
+
+
+def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs):
+    """Gradients of all inputs, in the order of _Inputs; those of weights and biases with a leading example dimension."""
+    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0 = inputs
+    dgates_x, dgates_h, d_projected, dh0, dc0 = ops.scan_backward(
+        config.backend,
+        config.cell,
+        d_output,
+        d_h_n,
+        d_c_n,
+        gates,
+        hidden_prev,
+        cell_prev,
+        weight_hh,
+        weight_hr,
+        h0.shape[1],
+        batch_sizes,
+        config.reverse,
+    )
+    if config.cell != "gru":
+        dgates_h = dgates_x
+    needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr, _, _ = (
+        config.needs
+    )
+    dx = d_weight_ih = d_bias_ih = d_weight_hh = d_bias_hh = d_weight_hr = None
+    if needs_x:
+        rows, sources, input_size = x.shape
+        weight = weight_ih.reshape(sources, -1, input_size)
+        if sources == 1:
+            dx = torch.mm(dgates_x.view(rows, -1), weight[0]).unsqueeze(1)
+        else:
+            by_source = dgates_x.reshape(rows, sources, -1).transpose(0, 1)
+            dx = torch.matmul(by_source, weight).transpose(0, 1)
+    if needs_weight_ih:
+        d_weight_ih = _weight_gradient(dgates_x, x, config.examples)
+    if needs_weight_hh:
+        d_weight_hh = _weight_gradient(dgates_h, hidden_prev, config.examples)
+    if bias_ih is not None and needs_bias_ih:
+        d_bias_ih = _bias_gradient(dgates_x, config.examples)
+    if bias_hh is not None and needs_bias_hh:
+        # a copy: gradients that share memory would be scaled twice by an optimizer that works in place
+        d_bias_hh = (
+            _bias_gradient(dgates_h, config.examples)
+            if dgates_h is not dgates_x or d_bias_ih is None
+            else d_bias_ih.clone()
+        )
+    if weight_hr is not None and needs_weight_hr:
+        d_weight_hr = _weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), config.examples)
+    return dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, dh0, None if c0 is None else dc0
+
+
+class Scan(Function):
+    """(config, batch_sizes, *inputs) -> output, h_n, c_n, and what the backward pass needs: gates, hidden_prev, cell_prev."""
+
+    @staticmethod
+    def forward(ctx, config, batch_sizes, *inputs):
+        results = _scan(config, batch_sizes, _Inputs(*inputs), save=True)
+        Scan.keep(ctx, (config, batch_sizes, *inputs), results)
+        return results
+
+    @staticmethod
+    def keep(ctx, inputs, output):
+        config, batch_sizes, *tensors = inputs
+        _, _, c_n, *reserve = output
+        ctx.config = config
+        ctx.set_materialize_grads(False)
+        has_cell_state = CELLS[config.cell].has_cell_state
+        ctx.mark_non_differentiable(*reserve, *(() if has_cell_state else (c_n,)))
+        ctx.save_for_backward(batch_sizes, *reserve, *tensors)
+
+    @staticmethod
+    def backward(ctx, d_output, d_h_n, d_c_n, *_):
+        return (None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
+
+
+def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
+    """The gradients of a layer's inputs from what ``Scan`` saved, in the cheapest way that the moment allows."""
+    batch_sizes, gates, hidden_prev, cell_prev, *inputs = ctx.saved_tensors
+    if d_output is None and d_h_n is None and d_c_n is None:
+        return [None] * len(inputs)
+    config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[2:]))
+    if not CELLS[config.cell].has_cell_state:
+        cell_prev = None
+    arguments = (d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev)
+    if torch._C._are_functorch_transforms_active():
+        gradients = ScanBackwardTransformed.apply(config, batch_sizes, *arguments, *inputs)
+    elif torch.is_grad_enabled():
+        gradients = ScanBackward.apply(config, batch_sizes, *arguments, *inputs)
+    else:
+        gradients = _scan_backward(config, batch_sizes, *arguments, _Inputs(*inputs))
+    # weights and biases come with a dimension of examples, of which there is one here
+    return [
+        gradient if gradient is None or name not in _PER_EXAMPLE else gradient[0]
+        for name, gradient in zip(_Inputs._fields, gradients, strict=True)
+    ]
+
+
+class ScanBackward(Function):
+    """(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, *inputs) -> gradients of the inputs."""
+
+    @staticmethod
+    def forward(ctx, config, batch_sizes, *tensors):
+        results = _scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:]))
+        ScanBackward.keep(ctx, (config, batch_sizes, *tensors), results)
+        return results
+
+    @staticmethod
+    def keep(ctx, inputs, output):
+        config, batch_sizes, d_output, d_h_n, d_c_n, _, _, _, *tensors = inputs
+        ctx.config = config
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, d_output, d_h_n, d_c_n, *tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        batch_sizes, *tensors = ctx.saved_tensors
+        gradients = _second_derivative(ctx.config, batch_sizes, tensors, cotangents)
+        return (None, None, *gradients[:3], None, None, None, *gradients[3:])
+
+
+def _second_derivative(
+    config: _Config, batch_sizes: Tensor | None, tensors, cotangents
+) -> list[Tensor | None]:
+    """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, *inputs).
+
+    ``ScanBackward`` is itself the vector-Jacobian product of ``reference.layer``: two nested ones give the second.
+    """
+    names = ("output", "h_n", "c_n", *_Inputs._fields)
+    given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    wanted = {name: u for name, u in zip(_Inputs._fields, cotangents, strict=True) if u is not None}
+    if not wanted:
+        return [None] * len(names)
+    sizes = None if batch_sizes is None else batch_sizes // config.examples
+
+    def first_derivative(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        d_results = {name: given[name] for name in ("output", "h_n", "c_n") if name in given}
+        inputs = {name: given[name] for name in _Inputs._fields if name in given}
+
+        def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            arguments = [inputs.get(name) for name in _Inputs._fields]
+            results = reference.layer(config.cell, *arguments, sizes, config.reverse)
+            results = dict(zip(("output", "h_n", "c_n"), results, strict=True))
+            return {name: results[name] for name in d_results}
+
+        (gradients,) = torch.func.vjp(forward, inputs)[1](d_results)
+        return {name: gradients[name] for name in wanted}
+
+    def per_example(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        if config.examples == 1:
+            gradients = first_derivative(given)
+            return {name: g[None] if name in _PER_EXAMPLE else g for name, g in gradients.items()}
+        split = {
+            name: tensor if name in _PER_EXAMPLE else tensor.unflatten(_axis(name), (-1, config.examples))
+            for name, tensor in given.items()
+        }
+        in_dims = {name: None if name in _PER_EXAMPLE else _axis(name) + 1 for name in split}
+        out_dims = {name: 0 if name in _PER_EXAMPLE else _axis(name) + 1 for name in wanted}
+        gradients = torch.func.vmap(first_derivative, in_dims=(in_dims,), out_dims=out_dims)(split)
+        return {
+            name: g if name in _PER_EXAMPLE else g.flatten(_axis(name), _axis(name) + 1)
+            for name, g in gradients.items()
+        }
+
+    (gradients,) = torch.func.vjp(per_example, given)[1](wanted)
+    return [gradients.get(name) for name in names]
+
+
+# Gradients of these are kept apart for every example; all other tensors hold the examples in their batch.
+_PER_EXAMPLE = ("weight_ih", "bias_ih", "weight_hh", "bias_hh", "weight_hr")
+
+
+def _axis(name: str) -> int:
+    """The dimension of tensor ``name`` that counts rows (0) or, in a state (D, B, H), sequences (1)."""
+    return 1 if name in ("h0", "c0", "h_n", "c_n") else 0
+
+
+class _Folding:
+    """Folds the dimension that ``vmap`` maps over into the batch or into the groups of a layer's tensors, and back.
+
+    Into the batch, example n of row r goes to row r * N + n, which keeps the running sequences of a packed batch in front. Into the
+    groups, for weights of which every example has its own, model n of group d goes to group n * D + d.
+    """
+
+    def __init__(self, size: int, into_groups: bool):
+        self.size = size
+        self.into_groups = into_groups
+
+    def fold(self, name: str, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None or tensor.numel() == 0 and dim is None:
+            return tensor
+        if not self.into_groups:
+            if name in _PER_EXAMPLE:
+                return tensor
+            axis = _axis(name)
+            return self._moved(tensor, dim, axis + 1).flatten(axis, axis + 1)
+        axis = self._group_axis(name)
+        return self._moved(tensor, dim, axis).flatten(axis, axis + 1)
+
+    def unfold(self, name: str, tensor: Tensor | None) -> tuple[Tensor | None, int | None]:
+        """The tensor with the mapped dimension apart, and where that dimension is."""
+        if tensor is None or tensor.numel() == 0:
+            return tensor, None
+        if self.into_groups:
+            # gradients of weights have a dimension of examples in front
+            axis = self._group_axis(name) + (name.removeprefix("d_") in _PER_EXAMPLE)
+            return tensor.unflatten(axis, (self.size, -1)), axis
+        axis = _axis(name.removeprefix("d_"))
+        return tensor.unflatten(axis, (-1, self.size)), axis + 1
+
+    def _group_axis(self, name: str) -> int:
+        name = name.removeprefix("d_")
+        return 0 if name in _PER_EXAMPLE or name in ("h0", "c0", "h_n", "c_n") else 1
+
+    def _moved(self, tensor: Tensor, dim: int | None, target: int) -> Tensor:
+        if dim is None:
+            tensor = tensor.unsqueeze(target)
+            return tensor.expand(*tensor.shape[:target], self.size, *tensor.shape[target + 1 :])
+        return tensor.movedim(dim, target)
+
+    def batch_sizes(self, batch_sizes: Tensor | None) -> Tensor | None:
+        return batch_sizes if batch_sizes is None or self.into_groups else batch_sizes * self.size
+
+
+def _mapped(function, info, in_dims, config, batch_sizes, names, tensors, result_names):
+    """Apply ``function`` to tensors with a mapped dimension: ``vmap``'s rule for both Functions."""
+    dims = in_dims[2:]
+    into_groups = any(dim is not None for name, dim in zip(names, dims, strict=True) if name in _PER_EXAMPLE)
+    folding = _Folding(info.batch_size, into_groups)
+    folded = [folding.fold(*slot) for slot in zip(names, tensors, dims, strict=True)]
+    if into_groups:
+        config = config._replace(reverse=config.reverse * info.batch_size)
+    elif function is ScanBackwardTransformed:
+        config = config._replace(examples=config.examples * info.batch_size)
+    results = function.apply(config, folding.batch_sizes(batch_sizes), *folded)
+    unfolded = [folding.unfold(*slot) for slot in zip(result_names, results, strict=True)]
+    return tuple(tensor for tensor, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+
+_RESERVE = ("gates", "hidden_prev", "cell_prev")
+
+
+class ScanTransformed(Scan):
+    """``Scan`` for functorch's transforms."""
+
+    setup_context = staticmethod(Scan.keep)
+
+    @staticmethod
+    def forward(config, batch_sizes, *inputs):
+        return _scan(config, batch_sizes, _Inputs(*inputs), save=True)
+
+    @staticmethod
+    def vmap(info, in_dims, config, batch_sizes, *inputs):
+        results = ("output", "h_n", "c_n", *_RESERVE)
+        return _mapped(ScanTransformed, info, in_dims, config, batch_sizes, _Inputs._fields, inputs, results)
+
+
+class ScanBackwardTransformed(ScanBackward):
+    """``ScanBackward`` for functorch's transforms."""
+
+    setup_context = staticmethod(ScanBackward.keep)
+
+    @staticmethod
+    def forward(config, batch_sizes, *tensors):
+        return _scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:]))
+
+    @staticmethod
+    def vmap(info, in_dims, config, batch_sizes, *tensors):
+        names = ("output", "h_n", "c_n", *_RESERVE, *_Inputs._fields)
+        results = [f"d_{name}" for name in _Inputs._fields]
+        return _mapped(ScanBackwardTransformed, info, in_dims, config, batch_sizes, names, tensors, results)
+
+
+def layer(
+    backend: str,
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: list[int],
+) -> tuple[Tensor, ...]:
+    """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
+
+    Args:
+        backend: a name from ``fastrnn.backends()`` other than "torch".
+        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
+        x: (rows, 1, I), the rows of a dense (T * B) or packed input; see ``fastrnn.ops``.
+        weight_ih, bias_ih: (D, G*H, I) and (D, G*H), gates in torch's order.
+        weight_hh, bias_hh: (D, G*H, H') and (D, G*H), H' = proj_size or H. Both biases or none.
+        weight_hr: (D, H', H), the LSTM's projection, or None.
+        h0: (D, B, H').
+        c0: (D, B, H) for the LSTM, else None.
+        batch_sizes: (T,) int64 on the CPU for a packed input, None for a dense one.
+        reverse: for every group 1 if it walks back in time, else 0.
+
+    Returns:
+        output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
+    """
+    inputs = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
+    if backend == "reference" or torch.autograd.forward_ad._current_level >= 0:
+        results = reference.layer(cell, *inputs, batch_sizes, reverse)
+        return results if results[2] is not None else results[:2]
+    config = _Config(backend, cell, tuple(reverse))
+    if torch._C._are_functorch_transforms_active():
+        results = ScanTransformed.apply(config, batch_sizes, *inputs)
+    elif (
+        torch.is_grad_enabled()
+        # a Function cannot be part of a torch.jit.trace, an operator can
+        and not torch.jit.is_tracing()
+        and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    ):
+        results = Scan.apply(config, batch_sizes, *inputs)
+    else:
+        results = _scan(config, batch_sizes, _Inputs(*inputs), save=False)
+    return results[:3] if CELLS[cell].has_cell_state else results[:2]

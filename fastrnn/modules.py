@@ -1,0 +1,518 @@
+"""``RNN``, ``GRU``, ``LSTM`` and their cells: torch.nn's signatures, parameters, checks and results over fastrnn's kernels.
+
+The layers subclass ``torch.nn.RNNBase`` and not ``torch.nn.LSTM``, because ``torch.compile(fullgraph=True)`` refuses every
+``isinstance(module, torch.nn.LSTM)``. Whatever is out of the ordinary (a wrong shape, an odd dtype, an empty input) goes to
+torch.nn's own ``forward``, which runs on these modules as it does on its own: its errors are ours by construction.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import dispatch, functional
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+def _select(call: tuple) -> str:
+    """The name of the backend for ``call``, the fields of a ``dispatch.Call``."""
+    if torch.compiler.is_dynamo_compiling():
+        from . import _compile
+
+        return _compile.select(dispatch._chosen, *call)
+    return dispatch.select(dispatch.Call(*call)).backend
+
+
+def _run_layer(*arguments) -> tuple[Tensor, ...]:
+    if torch.compiler.is_dynamo_compiling():
+        from . import _compile
+
+        return _compile.layer(*arguments)
+    return functional.layer(*arguments)
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's if that is on (and the input no float64, which it leaves alone)."""
+    device = input.device.type
+    if input.dtype.is_floating_point and input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def _fits(tensor: Tensor, input: Tensor, autocast: bool) -> bool:
+    """Whether a weight or state can be used with ``input``: the same device and, where autocast does not see to it, dtype."""
+    if tensor.device != input.device:
+        return False
+    if tensor.dtype == input.dtype:
+        return True
+    return autocast and all(
+        dtype.is_floating_point and dtype != torch.float64 for dtype in (tensor.dtype, input.dtype)
+    )
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _state(hx: State | None, is_lstm: bool) -> tuple[Tensor, ...] | None:
+    """hx as a tuple of tensors, () where it is absent, None where it is not what the cell takes."""
+    if hx is None:
+        return ()
+    if not is_lstm:
+        return (hx,) if isinstance(hx, Tensor) else None
+    if isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(part, Tensor) for part in hx):
+        return tuple(hx)
+    return None
+
+
+def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx) -> torch.fx.Proxy:
+    """A node for ``torch.fx.symbolic_trace``, which keeps only torch.nn's own modules whole by itself."""
+    arguments = (input,) if hx is None else (input, hx)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, {})
+
+
+class _Layer(nn.RNNBase):
+    """What the three layers share; ``_torch`` is the torch.nn class that a subclass stands in for."""
+
+    _torch: ClassVar[type[nn.RNNBase]]
+
+    # torch keeps lists of its weights that go stale (after functional_call, deepcopy, a parametrization). Here they are
+    # looked up when they are needed.
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        pass
+
+    def __setattr__(self, name: str, value) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels take weights wherever they lie. Kept because models call it."""
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})
+
+    def _call(self, dtype: torch.dtype, device: str) -> tuple:
+        """The fields of this module's ``dispatch.Call``."""
+        directions = 2 if self.bidirectional else 1
+        cell = self.mode.lower()
+        return cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
+
+    def _weights(self) -> list[list[Tensor | None]]:
+        """Per layer and direction: weight_ih, weight_hh, then the biases and weight_hr as far as there are any."""
+        parameters = (
+            self._parameters
+        )  # skips Module.__getattr__, which costs more than the rest of this function
+        return [
+            [parameters[name] if name in parameters else getattr(self, name, None) for name in names]
+            for names in self._all_weights
+        ]
+
+    def _is_ordinary(self, input: Tensor, state, weights, batch: int, unbatched: bool) -> bool:
+        """Whether shapes, dtypes and devices are what they should be. Everything else is left to torch.nn."""
+        if input.shape[-1] != self.input_size or input.numel() == 0:
+            return False
+        autocast = torch.is_autocast_enabled(input.device.type)
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        for part, size in zip(state, sizes, strict=False):
+            expected = (layers, size) if unbatched else (layers, batch, size)
+            if part.shape != expected or not _fits(part, input, autocast):
+                return False
+        return all(
+            isinstance(weight, Tensor) and _fits(weight, input, autocast)
+            for group in weights
+            for weight in group
+        )
+
+    def forward(self, input, hx=None):
+        """Run the layers over ``input``; arguments, results and errors as in torch.nn.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a ``PackedSequence``.
+            hx: initial state, (num_layers * D, B, H') with H' = proj_size or hidden_size and D directions, without
+                the B for a single sequence; for the LSTM a pair of it and the cell state (.., B, hidden_size). Zeros if None.
+
+        Returns:
+            output (T, B, D * H') of the last layer, laid out as the input, and the final state, laid out as ``hx``.
+        """
+        if isinstance(input, torch.fx.Proxy):
+            return _as_call_module(self, input, hx)
+        prepared = self._prepare(input, hx)
+        if prepared is None:
+            return self._torch.forward(self, input, hx)
+        backend, rows, batch_sizes, batch, state, weights, dtype = prepared
+        packed = isinstance(input, PackedSequence)
+        unbatched = not packed and input.dim() == 2
+        if packed and state and input.sorted_indices is not None:
+            state = tuple(part.index_select(1, input.sorted_indices) for part in state)
+        output, final = self._run(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched)
+        if packed:
+            if input.unsorted_indices is not None:
+                final = tuple(part.index_select(1, input.unsorted_indices) for part in final)
+            output = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        elif unbatched:
+            final = tuple(part.squeeze(1) for part in final)
+        elif self.batch_first:
+            output = output.view(-1, batch, output.shape[-1]).transpose(0, 1)
+        else:
+            output = output.view(-1, batch, output.shape[-1])
+        return output, final if self.mode == "LSTM" else final[0]
+
+    def _prepare(self, input, hx):
+        """Backend, rows (R, I), batch_sizes, batch, state, weights and dtype of a call, or None to leave it to torch.nn."""
+        state = _state(hx, self.mode == "LSTM")
+        weights = self._weights()
+        if state is None:
+            return None
+        batch_sizes, unbatched = None, False
+        if isinstance(input, PackedSequence):
+            data, batch_sizes = input.data, input.batch_sizes
+            if data.dim() != 2 or not _is_packing(batch_sizes, data.shape[0]):
+                return None
+            batch = int(batch_sizes[0])
+        elif isinstance(input, Tensor) and input.dim() in (2, 3):
+            data = input
+            unbatched = input.dim() == 2
+            batch = 1 if unbatched else input.shape[0 if self.batch_first else 1]
+        else:
+            return None
+        dtype = _autocast_dtype(data)
+        if not self._is_ordinary(data, state, weights, batch, unbatched):
+            return None
+        backend = _select(self._call(dtype, data.device.type))
+        if backend == "torch":
+            return None
+        if data.dim() == 3 and self.batch_first:
+            data = data.transpose(0, 1)
+        return backend, data.reshape(-1, data.shape[-1]), batch_sizes, batch, state, weights, dtype
+
+    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched):
+        """All layers: rows (R, I) to the last layer's output (R, D*H') and the final state."""
+        directions = 2 if self.bidirectional else 1
+        reverse = [0, 1][:directions]
+        cell = self.mode.lower()
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+        if unbatched:
+            state = tuple(part.unsqueeze(1) for part in state)
+        state = [_cast(part, dtype) for part in state]
+        if not state:
+            zeros = [rows.new_zeros(directions, batch, size, dtype=dtype) for size in sizes]
+        rows = _cast(rows, dtype)
+        finals = []
+        for layer in range(self.num_layers):
+            first = layer * directions
+            if not state:
+                initial = zeros
+            elif self.num_layers == 1:
+                initial = state
+            else:
+                initial = [part[first : first + directions] for part in state]
+            groups = [_by_role(group, self.bias, dtype) for group in weights[first : first + directions]]
+            if directions == 1:
+                merged = [None if weight is None else weight.unsqueeze(0) for weight in groups[0]]
+            else:
+                merged = [
+                    None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)
+                ]
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
+            h0, c0 = (*initial, None)[:2]
+            rows, *final = _run_layer(
+                *(backend, cell, rows.unsqueeze(1), weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
+                *(h0, c0, batch_sizes, reverse),
+            )
+            finals.append(final)
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                # over the flat rows: the same mask as torch's from the same seed
+                rows = nn.functional.dropout(rows, self.dropout, True)
+        if self.num_layers == 1:
+            return rows, tuple(finals[0])
+        return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+
+def _by_role(group: list[Tensor], bias: bool, dtype: torch.dtype) -> list[Tensor | None]:
+    """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one direction, None where absent, in ``dtype``."""
+    group = [_cast(weight, dtype) for weight in group]
+    weight_ih, weight_hh, *rest = group
+    bias_ih, bias_hh = (rest.pop(0), rest.pop(0)) if bias else (None, None)
+    return [weight_ih, weight_hh, bias_ih, bias_hh, rest[0] if rest else None]
+
+
+def _is_packing(batch_sizes, rows: int) -> bool:
+    """Whether ``batch_sizes`` is what ``pack_padded_sequence`` makes for that many rows: kernels trust it."""
+    if not (
+        isinstance(batch_sizes, Tensor)
+        and batch_sizes.dtype == torch.int64
+        and batch_sizes.dim() == 1
+        and batch_sizes.device.type == "cpu"
+        and batch_sizes.numel() > 0
+    ):
+        return False
+    return bool(
+        (batch_sizes[1:] <= batch_sizes[:-1]).all() & (batch_sizes[-1] > 0) & (batch_sizes.sum() == rows)
+    )
+
+
+def _reject_proj_size(arguments: dict) -> None:
+    if "proj_size" in arguments:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    for name in arguments:
+        raise TypeError(f"RNNBase.__init__() got an unexpected keyword argument '{name}'")
+
+
+class RNN(_Layer):
+    """Drop-in for ``torch.nn.RNN``: ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``, or relu (Elman 1990).
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the hidden state, H.
+        num_layers: layers on top of each other.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are (B, T, .) instead of (T, B, .).
+        dropout: probability of dropping an output of every layer but the last, in training.
+        bidirectional: whether a second direction reads the input from its end.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages.
+    """
+
+    _torch = nn.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        _reject_proj_size(unknown)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            device=device,
+            dtype=dtype,
+        )
+
+
+class GRU(_Layer):
+    """Drop-in for ``torch.nn.GRU`` (Cho et al. 2014, reset gate behind the recurrent product as in cuDNN).
+
+    ``r = σ(..)``, ``z = σ(..)``, ``n = tanh(W_in x + b_in + r ⊙ (W_hn h + b_hn))``, ``h' = (1 - z) ⊙ n + z ⊙ h``. Arguments,
+    shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``.
+    """
+
+    _torch = nn.GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        _reject_proj_size(unknown)
+        super().__init__(
+            "GRU",
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            device=device,
+            dtype=dtype,
+        )
+
+
+class LSTM(_Layer):
+    """Drop-in for ``torch.nn.LSTM`` (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
+
+    ``c' = f ⊙ c + i ⊙ g``, ``h' = o ⊙ tanh(c')``, and with ``proj_size`` P > 0 ``h' = W_hr h'`` of P features (Sak et al. 2014).
+    Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``; the state is a pair (h, c).
+    """
+
+    _torch = nn.LSTM
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
+            device=device,
+            dtype=dtype,
+        )
+
+    # torch.nn.LSTM.forward, which runs for calls left to torch, needs these three.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+
+class _Cell(RNNCellBase):
+    """What the three cells share; ``_torch`` is the torch.nn class that a subclass stands in for."""
+
+    _torch: ClassVar[type[RNNCellBase]]
+    _is_lstm: ClassVar[bool] = False
+
+    def _mode(self) -> str:
+        return {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}[self._torch]
+
+    def _call(self, dtype: torch.dtype, device: str) -> tuple:
+        """The fields of this module's ``dispatch.Call``."""
+        return self._mode(), device, dtype, self.input_size, self.hidden_size, 0, 1
+
+    def forward(self, input, hx=None):
+        """One step; arguments, results and errors as in torch.nn.
+
+        Args:
+            input: (B, I), or (I,) for a single sequence.
+            hx: state before the step, (B, H) or (H,); for the LSTM a pair (h, c) of these. Zeros if None.
+
+        Returns:
+            The state after the step, laid out as ``hx``.
+        """
+        if isinstance(input, torch.fx.Proxy):
+            return _as_call_module(self, input, hx)
+        prepared = self._prepare(input, hx)
+        if prepared is None:
+            return self._torch.forward(self, input, hx)
+        backend, state, weights, dtype = prepared
+        unbatched = input.dim() == 1
+        if not state:
+            zeros = input.new_zeros(1, 1 if unbatched else input.shape[0], self.hidden_size, dtype=dtype)
+            state = (zeros, zeros)
+        else:
+            # (H,) to (1, 1, H), (B, H) to (1, B, H)
+            state = [_cast(part[None, None] if unbatched else part[None], dtype) for part in state]
+        weight_ih, weight_hh, bias_ih, bias_hh = (
+            None if weight is None else _cast(weight, dtype).unsqueeze(0) for weight in weights
+        )
+        rows = _cast(input, dtype)
+        _, *final = _run_layer(
+            *(backend, self._mode(), rows[None, None] if unbatched else rows.unsqueeze(1)),
+            *(weight_ih, bias_ih, weight_hh, bias_hh, None),
+            *(state[0], state[1] if self._is_lstm else None, None, [0]),
+        )
+        final = [part[0, 0] if unbatched else part[0] for part in final]
+        return tuple(final) if self._is_lstm else final[0]
+
+    def _prepare(self, input, hx):
+        """Backend, state, weights and dtype of a call, or None to leave it to torch.nn."""
+        state = _state(hx, self._is_lstm)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        if state is None or not self._is_ordinary(input, state, weights):
+            return None
+        dtype = _autocast_dtype(input)
+        backend = _select(self._call(dtype, input.device.type))
+        return None if backend == "torch" else (backend, state, weights, dtype)
+
+    def _is_ordinary(self, input, state, weights) -> bool:
+        """Whether shapes, dtypes and devices are what they should be. Everything else is left to torch.nn."""
+        if not isinstance(input, Tensor) or input.dim() not in (1, 2) or input.numel() == 0:
+            return False
+        if input.shape[-1] != self.input_size:
+            return False
+        expected = (*input.shape[:-1], self.hidden_size)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        return all(part.shape == expected and _fits(part, input, autocast) for part in state) and all(
+            weight is None or _fits(weight, input, autocast) for weight in weights
+        )
+
+
+class RNNCell(_Cell):
+    """Drop-in for ``torch.nn.RNNCell``: one step of ``fastrnn.RNN``.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the hidden state, H.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        nonlinearity: "tanh" or "relu".
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, RuntimeError: as ``torch.nn.RNNCell`` does, with its messages.
+    """
+
+    __constants__: ClassVar[list[str]] = nn.RNNCell.__constants__
+    _torch = nn.RNNCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def _mode(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+    def _is_ordinary(self, input, state, weights) -> bool:
+        return self.nonlinearity in ("tanh", "relu") and super()._is_ordinary(input, state, weights)
+
+
+class GRUCell(_Cell):
+    """Drop-in for ``torch.nn.GRUCell``: one step of ``fastrnn.GRU``; arguments as ``fastrnn.RNNCell``'s."""
+
+    _torch = nn.GRUCell
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+
+class LSTMCell(_Cell):
+    """Drop-in for ``torch.nn.LSTMCell``: one step of ``fastrnn.LSTM``; arguments as ``fastrnn.RNNCell``'s."""
+
+    _torch = nn.LSTMCell
+    _is_lstm = True
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)

@@ -1,0 +1,116 @@
+"""The specification: every cell's step and the time loop in plain, differentiable torch operations.
+
+All backends are tested against this file, and it computes what they cannot: second derivatives and forward-mode
+derivatives. Gate orders and names are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def rnn_tanh_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor, cell: None) -> tuple[Tensor, None]:
+    """Elman (1990): ``h' = tanh(gates_x + gates_h)``."""
+    return torch.tanh(gates_x + gates_h), None
+
+
+def rnn_relu_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor, cell: None) -> tuple[Tensor, None]:
+    """``h' = relu(gates_x + gates_h)``."""
+    return torch.relu(gates_x + gates_h), None
+
+
+def gru_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor, cell: None) -> tuple[Tensor, None]:
+    """Cho et al. (2014), with the reset gate behind the recurrent product as in cuDNN; gate order r, z, n."""
+    r_x, z_x, n_x = gates_x.chunk(3, -1)
+    r_h, z_h, n_h = gates_h.chunk(3, -1)
+    r = torch.sigmoid(r_x + r_h)
+    z = torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return (1 - z) * n + z * hidden, None
+
+
+def lstm_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000); gate order i, f, g, o."""
+    i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+class Cell(NamedTuple):
+    """What all of fastrnn needs to know of a cell."""
+
+    step: object
+    gates: int  # blocks of hidden_size rows in weight_ih and weight_hh
+    saved: int  # blocks of hidden_size values that the forward pass keeps for the backward pass
+    has_cell_state: bool = False
+
+
+CELLS = {
+    "rnn_tanh": Cell(rnn_tanh_step, gates=1, saved=1),
+    "rnn_relu": Cell(rnn_relu_step, gates=1, saved=1),
+    "gru": Cell(gru_step, gates=3, saved=4),
+    "lstm": Cell(lstm_step, gates=4, saved=4, has_cell_state=True),
+}
+
+
+def _direction(step, gates_x, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse):
+    """One direction's time loop: gates_x (rows, G*H), hidden (B, H'), cell (B, H) or None."""
+    outputs = [None] * len(sizes)
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    for time in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        # only the first sizes[time] sequences run at this step; the state of the others stays as it is
+        size = sizes[time]
+        running = hidden[:size]
+        running_cell = None if cell is None else cell[:size]
+        gates_h = torch.nn.functional.linear(running, weight_hh, bias_hh)
+        new, new_cell = step(gates_x[starts[time] : starts[time + 1]], gates_h, running, running_cell)
+        if weight_hr is not None:
+            new = torch.nn.functional.linear(new, weight_hr)
+        outputs[time] = new
+        hidden = torch.cat([new, hidden[size:]])
+        if cell is not None:
+            cell = torch.cat([new_cell, cell[size:]])
+    return torch.cat(outputs), hidden, cell
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: list[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
+    groups = len(reverse)
+    inputs = x.shape[1]
+    batch = h0.shape[1]
+    sizes = [batch] * (x.shape[0] // batch) if batch_sizes is None else batch_sizes.tolist()
+    results = [
+        _direction(
+            CELLS[cell].step,
+            torch.nn.functional.linear(
+                x[:, group * inputs // groups], weight_ih[group], None if bias_ih is None else bias_ih[group]
+            ),
+            weight_hh[group],
+            None if bias_hh is None else bias_hh[group],
+            None if weight_hr is None else weight_hr[group],
+            h0[group],
+            None if c0 is None else c0[group],
+            sizes,
+            reverse[group],
+        )
+        for group in range(groups)
+    ]
+    outputs, hiddens, cells = zip(*results, strict=True)
+    return torch.cat(outputs, -1), torch.stack(hiddens), None if c0 is None else torch.stack(cells)

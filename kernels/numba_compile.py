@@ -1,0 +1,146 @@
+"""Compiles a kernel to machine code once, keeps it on disk, and runs it on the threads that torch uses.
+
+A kernel is ``void kernel(int64_t *call)``: pointers and sizes in, nothing out. Numba's own disk cache is not used because it looks
+at one source file only; here a change to any kernel source, to Numba or to the processor gives another file name.
+
+Threads are those of the OpenMP runtime that torch itself has loaded: Numba's own layers abort the process when two Python
+threads enter them (workqueue) or in a forked child (GNU OpenMP).
+"""
+
+import ctypes
+import hashlib
+import marshal
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba import cfunc, types
+from numba.core.registry import cpu_target
+
+_SOURCES = ("numba_simd.py", "numba_tile.py", "numba_cells.py", "numba_scan.py", "numba_compile.py")
+_SIGNATURE = types.void(types.CPointer(types.int64))
+
+_lock = threading.Lock()
+_addresses: dict[str, int] = {}
+# Machine code is freed with the library that owns it: keep every one for the life of the process.
+_libraries: list = []
+_cache_warned = False
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``FASTRNN_CACHE_DIR``, or ``fastrnn`` in the user's cache folder."""
+    chosen = os.environ.get("FASTRNN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    digest.update(
+        repr(
+            (numba.__version__, llvmlite.__version__, cpu_target.target_context.codegen().magic_tuple())
+        ).encode()
+    )
+    return digest.hexdigest()[:24]
+
+
+def _load(path: Path) -> int | None:
+    """The address of the kernel stored at ``path``, or None if there is none or it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, payload = content[:32], content[32:]
+    if hashlib.sha256(payload).digest() != checksum:
+        return None
+    symbol, library_data = marshal.loads(payload)
+    library = cpu_target.target_context.codegen().unserialize_library(library_data)
+    _libraries.append(library)
+    return library.get_pointer_to_function(symbol)
+
+
+def _save(path: Path, symbol: str, library) -> None:
+    global _cache_warned
+    payload = marshal.dumps((symbol, library.serialize_using_object_code()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, path)  # atomic: another process sees the whole file or none
+    except OSError as error:
+        if not _cache_warned:
+            _cache_warned = True
+            warnings.warn(
+                f"fastrnn cannot keep its compiled kernels in {path.parent} ({error}); every new process compiles them "
+                "again. Set FASTRNN_CACHE_DIR to a folder that can be written to.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def kernel_address(name: str, build: Callable[[], Callable]) -> int:
+    """The address of the machine code of kernel ``name``, compiled from the function that ``build`` returns if need be."""
+    address = _addresses.get(name)
+    if address is None:
+        with _lock:
+            address = _addresses.get(name)
+            if address is None:
+                cpu_target.target_context.refresh()
+                path = cache_folder() / f"{name}-{_fingerprint()}.bin"
+                address = _load(path)
+                if address is None:
+                    compiled = cfunc(_SIGNATURE, error_model="numpy")(build())
+                    _libraries.append(compiled._library)
+                    _save(path, compiled.native_name, compiled._library)
+                    address = compiled.address
+                _addresses[name] = address
+    return address
+
+
+def _find_openmp():
+    """``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None (then kernels run on one thread)."""
+    for library in (None, *sorted((Path(__import__("torch").__file__).parent / "lib").glob("lib*omp*"))):
+        try:
+            function = ctypes.CDLL(library).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+        return function
+    return None
+
+
+_openmp_parallel = _find_openmp()
+_forked = False
+
+
+def _after_fork() -> None:
+    # The parent's OpenMP threads do not exist here and waiting for them would hang; the lock may be held by one of them.
+    global _forked, _lock
+    _forked = True
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run(address: int, call: Sequence[int], threads: int) -> None:
+    """Run the kernel at ``address`` on the int64 values ``call`` with up to ``threads`` threads; the GIL is released."""
+    values = (ctypes.c_int64 * len(call))(*call)
+    if threads > 1 and _openmp_parallel is not None and not _forked:
+        _openmp_parallel(address, ctypes.addressof(values), threads, 0)
+    else:
+        _KERNEL_TYPE(address)(ctypes.addressof(values))
+
+
+_KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -1,0 +1,321 @@
+"""A SIMD vector type for Numba: arithmetic, masked memory access and the few bit tricks that the cell maths needs.
+
+Kernels are written with whole vectors instead of scalar loops because LLVM's loop vectoriser gives up on the cells:
+they touch a dozen arrays, more than it is willing to check for overlap. A ``Vector`` is as wide as the registers of the
+host; the last, partial vector of a row is handled by the ``count`` of ``load`` and ``store``.
+"""
+
+import operator
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
+
+
+def _host_vector_bytes() -> int:
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx2") and features.get("fma") else 16
+
+
+VECTOR_BYTES = _host_vector_bytes()
+# 32 vector registers (AVX-512, NEON) hold a tile of 6 x 4 accumulators, 16 registers one of 6 x 2.
+MANY_REGISTERS = VECTOR_BYTES == 64 or llvmlite.binding.get_default_triple().startswith(("aarch64", "arm64"))
+
+
+class Vector(types.Type):
+    """One register of ``dtype`` (float32 or float64) values."""
+
+    def __init__(self, dtype: types.Float):
+        self.dtype = dtype
+        self.lanes = VECTOR_BYTES * 8 // dtype.bitwidth
+        super().__init__(name=f"Vector({dtype} x {self.lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, _llvm_type(vector))
+
+
+def _llvm_scalar(vector):
+    return ir.FloatType() if vector.dtype == types.float32 else ir.DoubleType()
+
+
+def _llvm_type(vector):
+    return ir.VectorType(_llvm_scalar(vector), vector.lanes)
+
+
+def _constant(vector, value):
+    return ir.Constant(_llvm_type(vector), [float(value)] * vector.lanes)
+
+
+def broadcast(builder, scalar, lanes):
+    """Emit a vector whose ``lanes`` lanes all hold ``scalar``."""
+    vector = ir.VectorType(scalar.type, lanes)
+    indices = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, indices)
+
+
+def lane_mask(builder, count, lanes, first_lane=0):
+    """Emit ``first_lane + lane < count`` for every lane; a constant count folds to a constant mask."""
+    index = ir.IntType(64)
+    numbers = ir.Constant(ir.VectorType(index, lanes), [first_lane + lane for lane in range(lanes)])
+    return builder.icmp_signed("<", numbers, broadcast(builder, count, lanes))
+
+
+def _suffix(vector_type):
+    return f"v{vector_type.count}{'f32' if isinstance(vector_type.element, ir.FloatType) else 'f64'}"
+
+
+def masked_load(builder, vector_type, pointer, mask):
+    """Emit a load of the lanes that ``mask`` selects; the others read as zero and touch no memory."""
+    pointer = builder.bitcast(pointer, vector_type.as_pointer())
+    alignment = ir.IntType(32)
+    function_type = ir.FunctionType(vector_type, [pointer.type, alignment, mask.type, vector_type])
+    name = f"llvm.masked.load.{_suffix(vector_type)}.p0"
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    zero = ir.Constant(vector_type, None)
+    return builder.call(function, [pointer, alignment(_scalar_bytes(vector_type)), mask, zero])
+
+
+def masked_store(builder, value, pointer, mask):
+    """Emit a store of the lanes that ``mask`` selects."""
+    pointer = builder.bitcast(pointer, value.type.as_pointer())
+    alignment = ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, alignment, mask.type])
+    name = f"llvm.masked.store.{_suffix(value.type)}.p0"
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    builder.call(function, [value, pointer, alignment(_scalar_bytes(value.type)), mask])
+
+
+def fused_multiply_add(builder, a, b, c):
+    """Emit ``a * b + c`` with one rounding."""
+    function_type = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fma.{_suffix(a.type)}")
+    return builder.call(function, [a, b, c])
+
+
+def _scalar_bytes(vector_type):
+    return 4 if isinstance(vector_type.element, ir.FloatType) else 8
+
+
+# Operators. A Python or Numba number on either side is broadcast.
+
+
+class _VectorArithmetic(AbstractTemplate):
+    def generic(self, args, kws):
+        vectors = [arg for arg in args if isinstance(arg, Vector)]
+        if vectors and all(isinstance(arg, Vector | types.Number) for arg in args):
+            return signature(vectors[0], *[vectors[0]] * len(args))
+        return None
+
+
+def _register_operator(key, instruction):
+    infer_global(key)(type(f"_Vector_{key.__name__}", (_VectorArithmetic,), {"key": key}))
+
+    @lower_builtin(key, Vector, Vector)
+    def lower(context, builder, sig, args):
+        # "contract" lets a multiplication and an addition become one fused instruction.
+        return getattr(builder, instruction)(*args, flags=("contract",))
+
+
+for _key, _instruction in {
+    operator.add: "fadd",
+    operator.sub: "fsub",
+    operator.mul: "fmul",
+    operator.truediv: "fdiv",
+}.items():
+    _register_operator(_key, _instruction)
+
+infer_global(operator.neg)(type("_Vector_neg", (_VectorArithmetic,), {"key": operator.neg}))
+
+
+@lower_builtin(operator.neg, Vector)
+def _lower_negation(context, builder, sig, args):
+    return builder.fneg(args[0])
+
+
+@lower_cast(types.Float, Vector)
+@lower_cast(types.Integer, Vector)
+def _number_to_vector(context, builder, fromty, toty, value):
+    return broadcast(builder, context.cast(builder, value, fromty, toty.dtype), toty.lanes)
+
+
+# Memory. Pointers are typed (CPointer(float32) or CPointer(float64)) and counted in elements.
+
+
+@intrinsic
+def as_pointer(typingctx, address, witness):
+    """The integer ``address`` as a pointer to values of the type of ``witness``."""
+    pointer = types.CPointer(witness)
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, witness), codegen
+
+
+@intrinsic
+def advance(typingctx, pointer, elements):
+    """``pointer + elements``."""
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+@intrinsic
+def load(typingctx, pointer, index, count):
+    """The vector at ``pointer[index:]``; lanes from ``count`` on are zero and not read."""
+    vector = Vector(pointer.dtype)
+
+    def codegen(context, builder, sig, args):
+        mask = lane_mask(builder, args[2], vector.lanes)
+        return masked_load(builder, _llvm_type(vector), builder.gep(args[0], [args[1]]), mask)
+
+    return vector(pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, pointer, index, count, vector):
+    """Write the first ``count`` lanes of ``vector`` to ``pointer[index:]``."""
+
+    def codegen(context, builder, sig, args):
+        mask = lane_mask(builder, args[2], vector.lanes)
+        masked_store(builder, args[3], builder.gep(args[0], [args[1]]), mask)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, vector), codegen
+
+
+@intrinsic
+def lanes(typingctx, pointer):
+    """How many values of the pointer's type one vector holds."""
+    count = Vector(pointer.dtype).lanes
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(ir.IntType(64), count)
+
+    return types.int64(pointer), codegen
+
+
+@intrinsic
+def fetch_and_increment(typingctx, pointer, index):
+    """Add one to the int64 at ``pointer[index]``, atomically, and return what stood there before."""
+
+    def codegen(context, builder, sig, args):
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), one, "monotonic")
+
+    return types.int64(pointer, types.int64), codegen
+
+
+# Selection. Comparisons are ordered so that NaN takes the branch that keeps it.
+
+
+def _select_intrinsic(emit):
+    @intrinsic
+    def function(typingctx, a, b):
+        vector = a if isinstance(a, Vector) else b
+
+        def codegen(context, builder, sig, args):
+            return emit(builder, vector, *args)
+
+        return vector(vector, vector), codegen
+
+    return function
+
+
+def _emit_at_least(builder, vector, x, bound):
+    return builder.select(builder.fcmp_ordered("<", x, bound), bound, x)
+
+
+def _emit_at_most(builder, vector, x, bound):
+    return builder.select(builder.fcmp_ordered(">", x, bound), bound, x)
+
+
+def _emit_zero_unless_positive(builder, vector, x, condition):
+    zero = _constant(vector, 0)
+    return builder.select(builder.fcmp_ordered("<=", condition, zero), zero, x)
+
+
+at_least = _select_intrinsic(_emit_at_least)
+at_most = _select_intrinsic(_emit_at_most)
+zero_unless_positive = _select_intrinsic(_emit_zero_unless_positive)
+
+
+@intrinsic
+def with_sign_of(typingctx, magnitude, sign):
+    """``|magnitude|`` with the sign of ``sign``, lane by lane."""
+    vector = magnitude
+
+    def codegen(context, builder, sig, args):
+        llvm = _llvm_type(vector)
+        function_type = ir.FunctionType(llvm, [llvm, llvm])
+        name = f"llvm.copysign.{_suffix(llvm)}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+    return vector(vector, vector), codegen
+
+
+@intrinsic
+def magnitude(typingctx, vector):
+    """``|vector|``, lane by lane."""
+
+    def codegen(context, builder, sig, args):
+        llvm = _llvm_type(vector)
+        name = f"llvm.fabs.{_suffix(llvm)}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(llvm, [llvm]), name)
+        return builder.call(function, args)
+
+    return vector(vector), codegen
+
+
+# 2**n for a vector n of whole numbers. ``ROUNDER + n`` holds n in the low bits of its mantissa, so that one shift moves
+# it into the exponent. Adding and subtracting ROUNDER also rounds to the nearest whole number.
+_MANTISSA_BITS = {types.float32: 23, types.float64: 52}
+_EXPONENT_BIAS = {types.float32: 127, types.float64: 1023}
+
+
+@intrinsic
+def rounder(typingctx, like):
+    """The number 1.5 * 2**mantissa_bits as a vector."""
+
+    def codegen(context, builder, sig, args):
+        return _constant(like, 1.5 * 2.0 ** _MANTISSA_BITS[like.dtype])
+
+    return like(like), codegen
+
+
+@intrinsic
+def power_of_two(typingctx, shifted):
+    """``2**n`` from ``shifted = rounder + n``; n = 128 (1024 in float64) gives infinity."""
+    vector = shifted
+
+    def codegen(context, builder, sig, args):
+        bits = ir.IntType(vector.dtype.bitwidth)
+        integers = ir.VectorType(bits, vector.lanes)
+        shift = ir.Constant(integers, [_MANTISSA_BITS[vector.dtype]] * vector.lanes)
+        bias = _EXPONENT_BIAS[vector.dtype] << _MANTISSA_BITS[vector.dtype]
+        exponent = builder.shl(builder.bitcast(args[0], integers), shift)
+        total = builder.add(exponent, ir.Constant(integers, [bias] * vector.lanes))
+        return builder.bitcast(total, _llvm_type(vector))
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def is_single_precision(typingctx, like):
+    """Whether ``like`` is a vector of float32: a constant, so that the other branch vanishes."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(ir.IntType(1), int(like.dtype == types.float32))
+
+    return types.boolean(like), codegen
