@@ -1,4 +1,4 @@
-"""Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models, with fused kernels for the whole time loop and its gradient."""
+"""Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models: the whole time loop and its gradient as fused kernels."""
 
 from .convert import convert
 from .dispatch import BackendInfo, backends, use_backend

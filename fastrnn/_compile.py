@@ -1,11 +1,11 @@
-"""What ``torch.compile`` needs; imported only while Dynamo traces, because importing ``torch._dynamo`` takes a second."""
+"""What ``torch.compile`` needs; imported only while Dynamo traces: importing ``torch._dynamo`` takes a second."""
 
 import torch._dynamo
 
 from . import dispatch, functional
 
-# Dynamo traces the Functions of a layer wrongly (second derivatives inside a compiled function): it puts the call in the graph as it is,
-# and AOTAutograd runs the real ones.
+# Dynamo traces the Functions of a layer wrongly (second derivatives inside a compiled function): it puts the
+# call in the graph as it is, and AOTAutograd runs the real ones.
 layer = torch._dynamo.allow_in_graph(functional.layer)
 
 

@@ -62,10 +62,10 @@ def _known_base(module: nn.Module, targets: dict) -> type[nn.Module]:
 
 
 def _twin(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    """A module of class ``target`` with everything that ``module`` has: Parameters, settings, hooks, parametrizations."""
+    """A module of class ``target`` with everything that ``module`` has: Parameters, settings, hooks."""
     twin = target.__new__(target)
-    # Registries are copied, so that an assignment to one module does not reach the other; the hooks' are shared, so that
-    # handles to remove them keep working.
+    # Registries are copied, so that an assignment to one module does not reach the other; the hooks' are
+    # shared, so that handles to remove them keep working.
     registries = ("_parameters", "_buffers", "_modules", "_flat_weights_names", "_all_weights")
     for name, value in module.__dict__.items():
         twin.__dict__[name] = value.copy() if name in registries else value

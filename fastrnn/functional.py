@@ -6,9 +6,9 @@ The structure is the smallest that is right for first and second derivatives, ``
 * ``Scan`` runs the projection and the fused time loop and keeps the activated gates.
 * ``ScanBackward`` turns the gradients of the results into those of the inputs with the fused backward loop. It is a
   Function of its own so that it can be differentiated: its backward goes through ``reference.layer`` twice.
-* ``ScanTransformed`` and ``ScanBackwardTransformed`` are the same two with the extra methods that functorch asks for. They cost
-  more per call and are used only while a transform is active. Their ``vmap`` folds a mapped dimension into the batch, or, where
-  the weights are mapped too, into the groups.
+* ``ScanTransformed`` and ``ScanBackwardTransformed`` are the same two with the extra methods that functorch asks
+  for. They cost more per call and are used only while a transform is active. Their ``vmap`` folds a mapped
+  dimension into the batch, or, where the weights are mapped too, into the groups.
 
 Results of a Function never alias and are never views, so that they may be changed in place.
 """
@@ -115,7 +115,7 @@ def _unprojected_hidden(gates: Tensor, cell_prev: Tensor) -> Tensor:
 
 
 def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs):
-    """Gradients of all inputs, in the order of _Inputs; those of weights and biases with a leading example dimension."""
+    """Gradients of the inputs, in the order of _Inputs; those of weights and biases per example: (examples, ...)."""
     x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0 = inputs
     dgates_x, dgates_h, d_projected, dh0, dc0 = ops.scan_backward(
         config.backend,
@@ -134,9 +134,7 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
     )
     if config.cell != "gru":
         dgates_h = dgates_x
-    needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr, _, _ = (
-        config.needs
-    )
+    needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr, _, _ = config.needs
     dx = d_weight_ih = d_bias_ih = d_weight_hh = d_bias_hh = d_weight_hr = None
     if needs_x:
         rows, sources, input_size = x.shape
@@ -165,7 +163,7 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
 
 
 class Scan(Function):
-    """(config, batch_sizes, *inputs) -> output, h_n, c_n, and what the backward pass needs: gates, hidden_prev, cell_prev."""
+    """(config, batch_sizes, *inputs) -> output, h_n, c_n and the reserve: gates, hidden_prev, cell_prev."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, *inputs):
@@ -211,7 +209,7 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
 
 
 class ScanBackward(Function):
-    """(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, *inputs) -> gradients of the inputs."""
+    """(config, batch_sizes, d_output, d_h_n, d_c_n, *reserve, *inputs) -> gradients of the inputs."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, *tensors):
@@ -233,9 +231,7 @@ class ScanBackward(Function):
         return (None, None, *gradients[:3], None, None, None, *gradients[3:])
 
 
-def _second_derivative(
-    config: _Config, batch_sizes: Tensor | None, tensors, cotangents
-) -> list[Tensor | None]:
+def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cotangents) -> list[Tensor | None]:
     """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, *inputs).
 
     ``ScanBackward`` is itself the vector-Jacobian product of ``reference.layer``: two nested ones give the second.
@@ -292,8 +288,9 @@ def _axis(name: str) -> int:
 class _Folding:
     """Folds the dimension that ``vmap`` maps over into the batch or into the groups of a layer's tensors, and back.
 
-    Into the batch, example n of row r goes to row r * N + n, which keeps the running sequences of a packed batch in front. Into the
-    groups, for weights of which every example has its own, model n of group d goes to group n * D + d.
+    Into the batch, example n of row r goes to row r * N + n, which keeps the running sequences of a packed
+    batch in front. Into the groups, for weights of which every example has its own, model n of group d goes to
+    group n * D + d.
     """
 
     def __init__(self, size: int, into_groups: bool):
@@ -301,7 +298,7 @@ class _Folding:
         self.into_groups = into_groups
 
     def fold(self, name: str, tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None or tensor.numel() == 0 and dim is None:
+        if tensor is None or (tensor.numel() == 0 and dim is None):
             return tensor
         if not self.into_groups:
             if name in _PER_EXAMPLE:

@@ -1,8 +1,9 @@
-"""``RNN``, ``GRU``, ``LSTM`` and their cells: torch.nn's signatures, parameters, checks and results over fastrnn's kernels.
+"""``RNN``, ``GRU``, ``LSTM`` and their cells: torch.nn's signatures, parameters, checks and results.
 
-The layers subclass ``torch.nn.RNNBase`` and not ``torch.nn.LSTM``, because ``torch.compile(fullgraph=True)`` refuses every
-``isinstance(module, torch.nn.LSTM)``. Whatever is out of the ordinary (a wrong shape, an odd dtype, an empty input) goes to
-torch.nn's own ``forward``, which runs on these modules as it does on its own: its errors are ours by construction.
+The layers subclass ``torch.nn.RNNBase`` and not ``torch.nn.LSTM``, because ``torch.compile(fullgraph=True)``
+refuses every ``isinstance(module, torch.nn.LSTM)``. Whatever is out of the ordinary (a wrong shape, an odd
+dtype, an empty input) goes to torch.nn's own ``forward``, which runs on these modules as it does on its own:
+its errors are ours by construction.
 """
 
 from __future__ import annotations
@@ -45,14 +46,12 @@ def _autocast_dtype(input: Tensor) -> torch.dtype:
 
 
 def _fits(tensor: Tensor, input: Tensor, autocast: bool) -> bool:
-    """Whether a weight or state can be used with ``input``: the same device and, where autocast does not see to it, dtype."""
+    """Whether a weight or state fits ``input``: in device and, where autocast does not see to it, in dtype."""
     if tensor.device != input.device:
         return False
     if tensor.dtype == input.dtype:
         return True
-    return autocast and all(
-        dtype.is_floating_point and dtype != torch.float64 for dtype in (tensor.dtype, input.dtype)
-    )
+    return autocast and all(dtype.is_floating_point and dtype != torch.float64 for dtype in (tensor.dtype, input.dtype))
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -120,9 +119,7 @@ class _Layer(nn.RNNBase):
 
     def _weights(self) -> list[list[Tensor | None]]:
         """Per layer and direction: weight_ih, weight_hh, then the biases and weight_hr as far as there are any."""
-        parameters = (
-            self._parameters
-        )  # skips Module.__getattr__, which costs more than the rest of this function
+        parameters = self._parameters  # skips Module.__getattr__, which costs more than the rest of this function
         return [
             [parameters[name] if name in parameters else getattr(self, name, None) for name in names]
             for names in self._all_weights
@@ -140,9 +137,7 @@ class _Layer(nn.RNNBase):
             if part.shape != expected or not _fits(part, input, autocast):
                 return False
         return all(
-            isinstance(weight, Tensor) and _fits(weight, input, autocast)
-            for group in weights
-            for weight in group
+            isinstance(weight, Tensor) and _fits(weight, input, autocast) for group in weights for weight in group
         )
 
     def forward(self, input, hx=None):
@@ -151,7 +146,8 @@ class _Layer(nn.RNNBase):
         Args:
             input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a ``PackedSequence``.
             hx: initial state, (num_layers * D, B, H') with H' = proj_size or hidden_size and D directions, without
-                the B for a single sequence; for the LSTM a pair of it and the cell state (.., B, hidden_size). Zeros if None.
+                the B for a single sequence; for the LSTM a pair of it and the cell state (.., B, hidden_size).
+                Zeros if None.
 
         Returns:
             output (T, B, D * H') of the last layer, laid out as the input, and the final state, laid out as ``hx``.
@@ -180,7 +176,7 @@ class _Layer(nn.RNNBase):
         return output, final if self.mode == "LSTM" else final[0]
 
     def _prepare(self, input, hx):
-        """Backend, rows (R, I), batch_sizes, batch, state, weights and dtype of a call, or None to leave it to torch.nn."""
+        """Backend, rows (R, I), batch_sizes, batch, state, weights, dtype of a call; None leaves it to torch.nn."""
         state = _state(hx, self.mode == "LSTM")
         weights = self._weights()
         if state is None:
@@ -232,9 +228,7 @@ class _Layer(nn.RNNBase):
             if directions == 1:
                 merged = [None if weight is None else weight.unsqueeze(0) for weight in groups[0]]
             else:
-                merged = [
-                    None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)
-                ]
+                merged = [None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)]
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
@@ -268,9 +262,7 @@ def _is_packing(batch_sizes, rows: int) -> bool:
         and batch_sizes.numel() > 0
     ):
         return False
-    return bool(
-        (batch_sizes[1:] <= batch_sizes[:-1]).all() & (batch_sizes[-1] > 0) & (batch_sizes.sum() == rows)
-    )
+    return bool((batch_sizes[1:] <= batch_sizes[:-1]).all() & (batch_sizes[-1] > 0) & (batch_sizes.sum() == rows))
 
 
 def _reject_proj_size(arguments: dict) -> None:
@@ -329,8 +321,8 @@ class RNN(_Layer):
 class GRU(_Layer):
     """Drop-in for ``torch.nn.GRU`` (Cho et al. 2014, reset gate behind the recurrent product as in cuDNN).
 
-    ``r = σ(..)``, ``z = σ(..)``, ``n = tanh(W_in x + b_in + r ⊙ (W_hn h + b_hn))``, ``h' = (1 - z) ⊙ n + z ⊙ h``. Arguments,
-    shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``.
+    ``r = σ(..)``, ``z = σ(..)``, ``n = tanh(W_in x + b_in + r ⊙ (W_hn h + b_hn))``, ``h' = (1 - z) ⊙ n + z ⊙
+    h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``.
     """
 
     _torch = nn.GRU
@@ -360,8 +352,9 @@ class GRU(_Layer):
 class LSTM(_Layer):
     """Drop-in for ``torch.nn.LSTM`` (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
 
-    ``c' = f ⊙ c + i ⊙ g``, ``h' = o ⊙ tanh(c')``, and with ``proj_size`` P > 0 ``h' = W_hr h'`` of P features (Sak et al. 2014).
-    Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``; the state is a pair (h, c).
+    ``c' = f ⊙ c + i ⊙ g``, ``h' = o ⊙ tanh(c')``, and with ``proj_size`` P > 0 ``h' = W_hr h'`` of P features
+    (Sak et al. 2014). Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``;
+    the state is a pair (h, c).
     """
 
     _torch = nn.LSTM

@@ -1,8 +1,8 @@
 """The operators ``fastrnn::scan_forward`` and ``fastrnn::scan_backward``: schemas, shapes and the way to a backend.
 
-One operator is one layer's time loop, for D groups (directions, or models of an ensemble) side by side. ``rows`` counts the
-time steps of all sequences: T * B for a dense input, the sum of ``batch_sizes`` for a packed one. Sequence b of time step
-t stands at row ``offset[t] + b`` and runs while ``b < batch_sizes[t]``.
+One operator is one layer's time loop, for D groups (directions, or models of an ensemble) side by side.
+``rows`` counts the time steps of all sequences: T * B for a dense input, the sum of ``batch_sizes`` for a
+packed one. Sequence b of time step t stands at row ``offset[t] + b`` and runs while ``b < batch_sizes[t]``.
 
 Operators are functional, their results never alias, and an absent result is an empty tensor. They know nothing of
 autograd: ``fastrnn.functional`` does.
@@ -18,19 +18,21 @@ from .reference import CELLS
 
 _library = torch.library.Library("fastrnn", "DEF")
 
-# gates_x (rows, D, G*H): input projection with the biases (for the GRU all but the hidden-side bias of gate n: bias_hn);
-# weight_hh (D, G*H, H') with H' = proj_size or H; weight_hr (D, H', H); bias_hn (D, H); h0 (D, B, H'); c0 (D, B, H);
-# batch_sizes (T,) int64 on the CPU, not increasing; reverse[d] is 1 where group d walks back in time.
-# output (rows, D*H'); h_n and c_n like h0 and c0. With save: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n
-# and W_hn h + b_hn; RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
+# gates_x (rows, D, G*H): input projection with the biases (for the GRU all but the hidden-side bias of gate n:
+# bias_hn); weight_hh (D, G*H, H') with H' = proj_size or H; weight_hr (D, H', H); bias_hn (D, H); h0 (D, B,
+# H'); c0 (D, B, H); batch_sizes (T,) int64 on the CPU, not increasing; reverse[d] is 1 where group d walks back
+# in time. output (rows, D*H'); h_n and c_n like h0 and c0. With save: the activated gates (rows, D, S*H), S by
+# cell (LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn; RNN h), and the state before each step, hidden_prev
+# (rows, D, H') and cell_prev (rows, D, H).
 _library.define(
     "scan_forward(str backend, str cell, Tensor gates_x, Tensor weight_hh, Tensor? weight_hr, Tensor? bias_hn, "
     "Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, "
     "Tensor gates, Tensor hidden_prev, Tensor cell_prev)"
 )
 
-# dgates_x and, for the GRU alone, dgates_h (rows, D, G*H): gradients of the pre-activation gates on the input's and on the
-# hidden state's side; with a projection d_projected (rows, D, H'): the whole gradient of each projected hidden state.
+# dgates_x and, for the GRU alone, dgates_h (rows, D, G*H): gradients of the pre-activation gates on the input's
+# and on the hidden state's side; with a projection d_projected (rows, D, H'): the whole gradient of each
+# projected hidden state.
 _library.define(
     "scan_backward(str backend, str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor gates, "
     "Tensor hidden_prev, Tensor? cell_prev, Tensor weight_hh, Tensor? weight_hr, SymInt batch, Tensor? batch_sizes, "
@@ -55,9 +57,7 @@ def _scan_backward(backend, cell, d_output, d_h_n, d_c_n, gates, *arguments):
 
 
 @torch.library.register_fake("fastrnn::scan_forward", lib=_library)
-def _fake_scan_forward(
-    backend, cell, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, reverse, save
-):
+def _fake_scan_forward(backend, cell, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, reverse, save):
     rows, groups, _ = gates_x.shape
     batch, state_size = h0.shape[1:]
     size = state_size if weight_hr is None else weight_hr.shape[2]

@@ -1,15 +1,15 @@
 """The step of each cell and its derivative, one vector of hidden units at a time: the only Numba cell maths.
 
-Every function works on ``count`` neighbouring units, from unit ``j`` of a row on. ``size`` is the hidden size: gate k of
-unit j stands at ``k * size + j``.
+Every function works on ``count`` neighbouring units, from unit ``j`` of a row on. ``size`` is the hidden size:
+gate k of unit j stands at ``k * size + j``.
 
-Forward: ``product`` is W_hh h of the row, ``gates_x`` its input projection with the biases; ``hidden`` and ``cell`` hold the
-state, which is updated in place; ``gates`` takes what the backward step needs.
+Forward: ``product`` is W_hh h of the row, ``gates_x`` its input projection with the biases; ``hidden`` and
+``cell`` hold the state, which is updated in place; ``gates`` takes what the backward step needs.
 
-Backward: ``dh`` holds the gradient of the new hidden state; ``dc`` that of the new cell state, replaced by that of the old one.
-``dgates_x`` and ``dgates_h`` take the gradients of the pre-activation gates on the input's and on the hidden state's
-side (they differ for the GRU only, the others leave ``dgates_h`` alone). ``dh`` is left with the share of the gradient that reaches the old hidden
-state past W_hh: nothing, but for the GRU.
+Backward: ``dh`` holds the gradient of the new hidden state; ``dc`` that of the new cell state, replaced by that
+of the old one. ``dgates_x`` and ``dgates_h`` take the gradients of the pre-activation gates on the input's and
+on the hidden state's side (they differ for the GRU only, the others leave ``dgates_h`` alone). ``dh`` is left
+with the share of the gradient that reaches the old hidden state past W_hh: nothing, but for the GRU.
 """
 
 from numba import njit

@@ -1,10 +1,11 @@
 """Compiles a kernel to machine code once, keeps it on disk, and runs it on the threads that torch uses.
 
-A kernel is ``void kernel(int64_t *call)``: pointers and sizes in, nothing out. Numba's own disk cache is not used because it looks
-at one source file only; here a change to any kernel source, to Numba or to the processor gives another file name.
+A kernel is ``void kernel(int64_t *call)``: pointers and sizes in, nothing out. Numba's own disk cache is not
+used because it looks at one source file only; here a change to any kernel source, to Numba or to the processor
+gives another file name.
 
-Threads are those of the OpenMP runtime that torch itself has loaded: Numba's own layers abort the process when two Python
-threads enter them (workqueue) or in a forked child (GNU OpenMP).
+Threads are those of the OpenMP runtime that torch itself has loaded: Numba's own layers abort the process when
+two Python threads enter them (workqueue) or in a forked child (GNU OpenMP).
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import llvmlite
 import numba
+import torch
 from numba import cfunc, types
 from numba.core.registry import cpu_target
 
@@ -45,9 +47,7 @@ def _fingerprint() -> str:
     for name in _SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
     digest.update(
-        repr(
-            (numba.__version__, llvmlite.__version__, cpu_target.target_context.codegen().magic_tuple())
-        ).encode()
+        repr((numba.__version__, llvmlite.__version__, cpu_target.target_context.codegen().magic_tuple())).encode()
     )
     return digest.hexdigest()[:24]
 
@@ -88,7 +88,7 @@ def _save(path: Path, symbol: str, library) -> None:
 
 
 def kernel_address(name: str, build: Callable[[], Callable]) -> int:
-    """The address of the machine code of kernel ``name``, compiled from the function that ``build`` returns if need be."""
+    """The address of kernel ``name``: from this process, from the disk, or compiled from what ``build`` returns."""
     address = _addresses.get(name)
     if address is None:
         with _lock:
@@ -108,7 +108,7 @@ def kernel_address(name: str, build: Callable[[], Callable]) -> int:
 
 def _find_openmp():
     """``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None (then kernels run on one thread)."""
-    for library in (None, *sorted((Path(__import__("torch").__file__).parent / "lib").glob("lib*omp*"))):
+    for library in (None, *sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))):
         try:
             function = ctypes.CDLL(library).GOMP_parallel
         except (OSError, AttributeError):
@@ -124,10 +124,12 @@ _forked = False
 
 
 def _after_fork() -> None:
-    # The parent's OpenMP threads do not exist here and waiting for them would hang; the lock may be held by one of them.
+    # The parent's OpenMP threads do not exist here: waiting for them hangs, in torch's own operators as in ours.
+    # One thread, as DataLoader gives its workers, works. A thread of the parent may have held the lock.
     global _forked, _lock
     _forked = True
     _lock = threading.Lock()
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
@@ -135,7 +137,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(address: int, call: Sequence[int], threads: int) -> None:
-    """Run the kernel at ``address`` on the int64 values ``call`` with up to ``threads`` threads; the GIL is released."""
+    """Run the kernel at ``address`` on the values of ``call`` with up to ``threads`` threads, without the GIL."""
     values = (ctypes.c_int64 * len(call))(*call)
     if threads > 1 and _openmp_parallel is not None and not _forked:
         _openmp_parallel(address, ctypes.addressof(values), threads, 0)

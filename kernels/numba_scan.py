@@ -1,11 +1,13 @@
 """The time loops of the Numba backend, and the Python side that allocates and calls them.
 
-Work is cut into parts, one direction and a range of batch rows each; threads take the next part until none is left. A
-part runs the whole sequence on its own, so that no thread ever waits for another. Within a time step it goes through its
-rows in blocks that stay in cache: first the recurrent product of a block, then the cell's step on it, in place on the state.
+Work is cut into parts, one direction and a range of batch rows each; threads take the next part until none is
+left. A part runs the whole sequence on its own, so that no thread ever waits for another. Within a time step it
+goes through its rows in blocks that stay in cache: first the recurrent product of a block, then the cell's step
+on it, in place on the state.
 """
 
 import functools
+import itertools
 
 import torch
 from numba import njit, types
@@ -30,9 +32,7 @@ from .numba_tile import multiply, panel_width, panel_width_of
     HIDDEN_SIZE,
     STATE_SIZE,
 ) = range(11)
-(GATE_SIZE, SAVED_SIZE, SCRATCH, SCRATCH_SIZE, WEIGHT_HH, WEIGHT_HR, GATES, HIDDEN_PREV, CELL_PREV) = range(
-    11, 20
-)
+(GATE_SIZE, SAVED_SIZE, SCRATCH, SCRATCH_SIZE, WEIGHT_HH, WEIGHT_HR, GATES, HIDDEN_PREV, CELL_PREV) = range(11, 20)
 (GATES_X, BIAS_HN, HIDDEN, CELL, OUTPUT) = range(20, 25)
 (D_OUTPUT, D_HIDDEN, D_CELL, DGATES_X, DGATES_H, D_PROJECTED) = range(20, 26)
 
@@ -65,15 +65,11 @@ def add_rows(source, source_stride, target, target_stride, rows, columns):
     full = columns - columns % width
     for row in range(rows):
         for j in range(0, full, width):
-            total = load(target, row * target_stride + j, width) + load(
-                source, row * source_stride + j, width
-            )
+            total = load(target, row * target_stride + j, width) + load(source, row * source_stride + j, width)
             store(target, row * target_stride + j, width, total)
         if full < columns:
             count = columns - full
-            total = load(target, row * target_stride + full, count) + load(
-                source, row * source_stride + full, count
-            )
+            total = load(target, row * target_stride + full, count) + load(source, row * source_stride + full, count)
             store(target, row * target_stride + full, count, total)
 
 
@@ -132,9 +128,7 @@ def forward_part(call, part, step_forward, zero):
             rows = min(call[BLOCK_ROWS], stop - block)
             entry = (offset + block) * directions + direction
             block_hidden = advance(hidden, block * state_size)
-            multiply(
-                block_hidden, state_size, rows, weight_hh, state_size, gate_size, product, gate_size, False
-            )
+            multiply(block_hidden, state_size, rows, weight_hh, state_size, gate_size, product, gate_size, False)
             if save:
                 target = advance(hidden_prev, entry * state_size)
                 copy_rows(block_hidden, state_size, target, directions * state_size, rows, state_size)
@@ -177,9 +171,7 @@ def forward_part(call, part, step_forward, zero):
                         save,
                     )
             if projected:
-                multiply(
-                    unprojected, size, rows, weight_hr, size, state_size, block_hidden, state_size, False
-                )
+                multiply(unprojected, size, rows, weight_hr, size, state_size, block_hidden, state_size, False)
             target = advance(output, entry * state_size)
             copy_rows(block_hidden, state_size, target, directions * state_size, rows, state_size)
         if not backwards:
@@ -237,9 +229,7 @@ def backward_part(call, part, step_backward, zero):
             if projected:
                 target = advance(d_projected, entry * state_size)
                 copy_rows(block_d_hidden, state_size, target, state_stride, rows, state_size)
-                multiply(
-                    block_d_hidden, state_size, rows, weight_hr, state_size, size, d_unprojected, size, False
-                )
+                multiply(block_d_hidden, state_size, rows, weight_hr, state_size, size, d_unprojected, size, False)
             for row in range(rows):
                 here = entry + row * directions
                 row_gates = advance(gates, here * saved_size)
@@ -327,9 +317,7 @@ def pack(weight: Tensor) -> Tensor:
     return weight.reshape(directions, panels, width, depth).transpose(2, 3).contiguous()
 
 
-def _part_table(
-    batch: int, batch_sizes: Tensor | None, reverse: list[int], threads: int
-) -> tuple[Tensor, int]:
+def _part_table(batch: int, batch_sizes: Tensor | None, reverse: list[int], threads: int) -> tuple[Tensor, int]:
     """Directions x ranges of batch rows, about as many as there are threads, with equal numbers of rows over time."""
     chunks = max(1, min(batch, -(-threads // len(reverse))))
     bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
@@ -341,7 +329,7 @@ def _part_table(
         bounds = [0, *(torch.searchsorted(work, shares) + 1).tolist(), batch]
     table = [
         (direction, backwards, first, end)
-        for first, end in zip(bounds, bounds[1:], strict=False)
+        for first, end in itertools.pairwise(bounds)
         for direction, backwards in enumerate(reverse)
         if end > first
     ]
@@ -386,7 +374,7 @@ def scan_forward(
     reverse: list[int],
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Run a layer's time loop; see ``fastrnn.ops.scan_forward`` for shapes. Absent results are None."""
+    """Run a layer's time loop; see ``fastrnn.ops`` for shapes. Absent results are None."""
     dtype = gates_x.dtype
     compute = _compute_dtype(dtype)
     rows, directions, gate_size = gates_x.shape
@@ -466,7 +454,7 @@ def scan_backward(
     batch_sizes: Tensor | None,
     reverse: list[int],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Back-propagate through a layer's time loop; see ``fastrnn.ops.scan_backward`` for shapes. Absent results are None."""
+    """Back-propagate through a layer's time loop; see ``fastrnn.ops`` for shapes. Absent results are None."""
     dtype = gates.dtype
     compute = _compute_dtype(dtype)
     rows, directions, saved_size = gates.shape

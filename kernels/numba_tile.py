@@ -1,8 +1,8 @@
-"""The matrix product behind every kernel: rows of A times packed weights, in register tiles emitted as LLVM vector code.
+"""The matrix product behind every kernel: rows times packed weights, in register tiles of LLVM vector code.
 
 ``multiply`` computes ``out[r, n] = sum_k a[r, k] * weight[n, k]``. The weights are packed into panels of
-``panel_width`` output columns, ``packed[panel][k][column]``, so that the inner loop reads them in order. A tile of up to
-6 rows x one panel stays in registers over the whole of k.
+``panel_width`` output columns, ``packed[panel][k][column]``, so that the inner loop reads them in order. A tile
+of up to 6 rows x one panel stays in registers over the whole of k.
 """
 
 from llvmlite import ir
