@@ -208,12 +208,19 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     ]
 
 
+def _without_views(tensors):
+    """The same tensors, none of them a view to autograd: it forbids in-place changes of a Function's result that is one."""
+    return tuple(
+        tensor if tensor is None else torch.ops.aten._unsafe_view(tensor, tensor.shape) for tensor in tensors
+    )
+
+
 class ScanBackward(Function):
     """(config, batch_sizes, d_output, d_h_n, d_c_n, *reserve, *inputs) -> gradients of the inputs."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, *tensors):
-        results = _scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:]))
+        results = _without_views(_scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:])))
         ScanBackward.keep(ctx, (config, batch_sizes, *tensors), results)
         return results
 
@@ -373,7 +380,7 @@ class ScanBackwardTransformed(ScanBackward):
 
     @staticmethod
     def forward(config, batch_sizes, *tensors):
-        return _scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:]))
+        return _without_views(_scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:])))
 
     @staticmethod
     def vmap(info, in_dims, config, batch_sizes, *tensors):

@@ -44,16 +44,76 @@ def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
+def _expect(name: str, tensor: Tensor | None, *shape: int) -> None:
+    """Kernels read memory by the shapes that they are told: what does not fit must not reach them."""
+    if tensor is not None and tensor.shape != shape:
+        raise RuntimeError(f"fastrnn: {name} should have the shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _expect_packing(batch_sizes: Tensor | None, rows: int, batch: int) -> None:
+    if batch_sizes is None:
+        valid = rows % batch == 0 if batch else rows == 0
+        expected = f"{rows} rows are no whole number of steps of a batch of {batch}"
+    else:
+        sizes = batch_sizes.tolist()
+        falling = sizes == sorted(sizes, reverse=True)
+        valid = sizes and falling and sizes[-1] > 0 and sizes[0] <= batch and sum(sizes) == rows
+        expected = f"batch_sizes should fall from at most {batch}, stay above 0 and add up to {rows}, got {sizes[:20]}"
+    if not valid:
+        raise RuntimeError(f"fastrnn: {expected}")
+
+
 @torch.library.impl(_library, "scan_forward", "CompositeExplicitAutograd")
-def _scan_forward(backend, cell, gates_x, *arguments):
-    kernels = dispatch.kernels(backend)
-    return _fill(kernels.scan_forward(cell, gates_x, *arguments), gates_x)
+def _scan_forward(backend, cell, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, reverse, save):
+    rows, groups, gate_size = gates_x.shape
+    batch, state_size = h0.shape[1:]
+    size = gate_size // CELLS[cell].gates
+    _expect("weight_hh", weight_hh, groups, gate_size, state_size)
+    _expect("weight_hr", weight_hr, groups, state_size, size)
+    _expect("bias_hn", bias_hn, groups, size)
+    _expect("h0", h0, groups, batch, state_size if weight_hr is not None else size)
+    _expect("c0", c0, groups, batch, size)
+    _expect_packing(batch_sizes, rows, batch)
+    results = dispatch.kernels(backend).scan_forward(
+        cell, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, reverse, save
+    )
+    return _fill(results, gates_x)
 
 
 @torch.library.impl(_library, "scan_backward", "CompositeExplicitAutograd")
-def _scan_backward(backend, cell, d_output, d_h_n, d_c_n, gates, *arguments):
-    kernels = dispatch.kernels(backend)
-    return _fill(kernels.scan_backward(cell, d_output, d_h_n, d_c_n, gates, *arguments), gates)
+def _scan_backward(
+    backend,
+    cell,
+    d_output,
+    d_h_n,
+    d_c_n,
+    gates,
+    hidden_prev,
+    cell_prev,
+    weight_hh,
+    weight_hr,
+    batch,
+    batch_sizes,
+    reverse,
+):
+    rows, groups, saved_size = gates.shape
+    state_size = hidden_prev.shape[2]
+    size = saved_size // CELLS[cell].saved
+    _expect("weight_hh", weight_hh, groups, CELLS[cell].gates * size, state_size)
+    _expect("weight_hr", weight_hr, groups, state_size, size)
+    _expect("hidden_prev", hidden_prev, rows, groups, state_size if weight_hr is not None else size)
+    _expect("cell_prev", cell_prev, rows, groups, size)
+    _expect("d_output", d_output, rows, groups * state_size)
+    _expect("d_h_n", d_h_n, groups, batch, state_size)
+    _expect("d_c_n", d_c_n, groups, batch, size)
+    _expect_packing(batch_sizes, rows, batch)
+    results = dispatch.kernels(backend).scan_backward(
+        cell,
+        *(d_output, d_h_n, d_c_n),
+        *(gates, hidden_prev, cell_prev),
+        *(weight_hh, weight_hr, batch, batch_sizes, reverse),
+    )
+    return _fill(results, gates)
 
 
 @torch.library.register_fake("fastrnn::scan_forward", lib=_library)

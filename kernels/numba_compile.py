@@ -9,6 +9,7 @@ two Python threads enter them (workqueue) or in a forked child (GNU OpenMP).
 """
 
 import ctypes
+import functools
 import hashlib
 import marshal
 import os
@@ -42,6 +43,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
 
 
+@functools.cache
 def _fingerprint() -> str:
     digest = hashlib.sha256()
     for name in _SOURCES:
