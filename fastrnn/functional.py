@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import ops, reference
@@ -77,7 +78,7 @@ def _project(inputs: _Inputs, cell: str) -> tuple[Tensor, Tensor | None]:
 
 def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bool) -> tuple[Tensor, ...]:
     gates_x, bias_hn = _project(inputs, config.cell)
-    return ops.scan_forward(
+    arguments = (
         config.backend,
         config.cell,
         gates_x,
@@ -90,6 +91,9 @@ def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bo
         config.reverse,
         save,
     )
+    # past the operator's own derivative, which would cost 10 µs and do nothing here
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.scan_forward(*arguments)
 
 
 def _weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
@@ -209,10 +213,8 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
 
 
 def _without_views(tensors):
-    """The same tensors, none of them a view to autograd: it forbids in-place changes of a Function's result that is one."""
-    return tuple(
-        tensor if tensor is None else torch.ops.aten._unsafe_view(tensor, tensor.shape) for tensor in tensors
-    )
+    """The same tensors as no views: a Function's result that is one could not be changed in place."""
+    return tuple(tensor if tensor is None else torch.ops.aten._unsafe_view(tensor, tensor.shape) for tensor in tensors)
 
 
 class ScanBackward(Function):
@@ -238,6 +240,30 @@ class ScanBackward(Function):
         return (None, None, *gradients[:3], None, None, None, *gradients[3:])
 
 
+def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``torch.func.vjp``, but it also runs where saved-tensors hooks are active (``save_on_cpu``, a checkpoint)."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(function, inputs)[1](cotangents)[0]
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: a gradient must not flow on to another input from which this one was computed
+        inputs = {
+            name: tensor.view_as(tensor)
+            if differentiable and tensor.requires_grad
+            else tensor.detach().requires_grad_()
+            for name, tensor in inputs.items()
+        }
+        results = {name: result for name, result in function(inputs).items() if result.requires_grad}
+    gradients = torch.autograd.grad(
+        list(results.values()),
+        list(inputs.values()),
+        [cotangents[name] for name in results],
+        create_graph=differentiable,
+        materialize_grads=True,
+    )
+    return dict(zip(inputs, gradients, strict=True))
+
+
 def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cotangents) -> list[Tensor | None]:
     """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, *inputs).
 
@@ -260,7 +286,7 @@ def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cot
             results = dict(zip(("output", "h_n", "c_n"), results, strict=True))
             return {name: results[name] for name in d_results}
 
-        (gradients,) = torch.func.vjp(forward, inputs)[1](d_results)
+        gradients = _vector_jacobian_product(forward, inputs, d_results)
         return {name: gradients[name] for name in wanted}
 
     def per_example(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -279,7 +305,7 @@ def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cot
             for name, g in gradients.items()
         }
 
-    (gradients,) = torch.func.vjp(per_example, given)[1](wanted)
+    gradients = _vector_jacobian_product(per_example, given, wanted)
     return [gradients.get(name) for name in names]
 
 
@@ -389,6 +415,49 @@ class ScanBackwardTransformed(ScanBackward):
         return _mapped(ScanBackwardTransformed, info, in_dims, config, batch_sizes, names, tensors, results)
 
 
+def _keep_for_operator(ctx, inputs, output):
+    backend, cell, *tensors, reverse, _ = inputs
+    ctx.config = (backend, cell, reverse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+@once_differentiable
+def _operator_gradients(ctx, d_output, d_h_n, d_c_n, *_):
+    """The derivative of the operator called by itself, as programs from ``torch.export`` and ``torch.jit.trace`` do."""
+    backend, cell, reverse = ctx.config
+    _, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes = ctx.saved_tensors
+    # such a program was recorded without saving anything: run the loop once more
+    *_, gates, hidden_prev, cell_prev = ops.scan_forward(backend, cell, *ctx.saved_tensors, reverse, True)
+    if c0 is None:
+        d_c_n = cell_prev = None
+    dgates_x, dgates_h, d_projected, dh0, dc0 = ops.scan_backward(
+        *(backend, cell, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev),
+        *(weight_hh, weight_hr, h0.shape[1], batch_sizes, reverse),
+    )
+    if cell != "gru":
+        dgates_h = dgates_x
+    d_weight_hh = _weight_gradient(dgates_h, hidden_prev, 1)[0]
+    d_weight_hr = d_bias_hn = None
+    if weight_hr is not None:
+        d_weight_hr = _weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), 1)[0]
+    if bias_hn is not None:
+        d_bias_hn = dgates_h[..., -bias_hn.shape[1] :].sum(0)
+    d_tensors = (dgates_x, d_weight_hh, d_weight_hr, d_bias_hn, dh0, None if c0 is None else dc0, None)
+    return None, None, *d_tensors, None, None
+
+
+torch.library.register_autograd(
+    "fastrnn::scan_forward", _operator_gradients, setup_context=_keep_for_operator, lib=ops._library
+)
+
+
+def _is_in_jvp() -> bool:
+    """Whether ``torch.func.jvp`` is active. In a compiled function it does not raise forward AD's own level."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in interpreters)
+
+
 def layer(
     backend: str,
     cell: str,
@@ -421,12 +490,13 @@ def layer(
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
     """
     inputs = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    transformed = torch._C._are_functorch_transforms_active()
     # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
-    if backend == "reference" or torch.autograd.forward_ad._current_level >= 0:
+    if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
         results = reference.layer(cell, *inputs, batch_sizes, reverse)
         return results if results[2] is not None else results[:2]
     config = _Config(backend, cell, tuple(reverse))
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         results = ScanTransformed.apply(config, batch_sizes, *inputs)
     elif (
         torch.is_grad_enabled()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run
 from .numba_simd import advance, as_pointer, fetch_and_increment, lanes, load, store
-from .numba_tile import multiply, panel_width, panel_width_of
+from .numba_tile import multiply, multiply_transposed, panel_width, panel_width_of
 
 # The int64 values that a call passes to its kernel; names of arrays stand for their addresses, 0 where absent.
 (
@@ -33,12 +33,15 @@ from .numba_tile import multiply, panel_width, panel_width_of
     STATE_SIZE,
 ) = range(11)
 (GATE_SIZE, SAVED_SIZE, SCRATCH, SCRATCH_SIZE, WEIGHT_HH, WEIGHT_HR, GATES, HIDDEN_PREV, CELL_PREV) = range(11, 20)
-(GATES_X, BIAS_HN, HIDDEN, CELL, OUTPUT) = range(20, 25)
-(D_OUTPUT, D_HIDDEN, D_CELL, DGATES_X, DGATES_H, D_PROJECTED) = range(20, 26)
+PACKED = 20
+(GATES_X, BIAS_HN, HIDDEN, CELL, OUTPUT) = range(21, 26)
+(D_OUTPUT, D_HIDDEN, D_CELL, DGATES_X, DGATES_H, D_PROJECTED) = range(21, 27)
 
 # One row of the part table: direction, whether it runs backward in time, first batch row, end of batch rows.
 PART_FIELDS = 4
 
+# Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
+FEW_ROWS = 8
 # Multiply-adds that make another thread worth its start (a few microseconds).
 WORK_PER_THREAD = 200_000
 # Bytes of pre-activation gates that one block of rows may take: a share of the L2 cache.
@@ -103,7 +106,9 @@ def forward_part(call, part, step_forward, zero):
     batch, directions = call[BATCH], call[DIRECTIONS]
     save, projected = call[GATES] != 0, call[WEIGHT_HR] != 0
     weight_hh = as_pointer(call[WEIGHT_HH], zero)
-    width = panel_width_of(weight_hh)
+    # packed panels are filled up to whole ones
+    packed = call[PACKED] != 0
+    width = panel_width_of(weight_hh) if packed else 1
     weight_hh = advance(weight_hh, direction * state_size * round_up(gate_size, width))
     weight_hr = as_pointer(call[WEIGHT_HR], zero)
     weight_hr = advance(weight_hr, direction * size * round_up(state_size, width))
@@ -128,7 +133,7 @@ def forward_part(call, part, step_forward, zero):
             rows = min(call[BLOCK_ROWS], stop - block)
             entry = (offset + block) * directions + direction
             block_hidden = advance(hidden, block * state_size)
-            multiply(block_hidden, state_size, rows, weight_hh, state_size, gate_size, product, gate_size, False)
+            multiply(packed, block_hidden, state_size, rows, weight_hh, state_size, gate_size, product, gate_size)
             if save:
                 target = advance(hidden_prev, entry * state_size)
                 copy_rows(block_hidden, state_size, target, directions * state_size, rows, state_size)
@@ -171,7 +176,7 @@ def forward_part(call, part, step_forward, zero):
                         save,
                     )
             if projected:
-                multiply(unprojected, size, rows, weight_hr, size, state_size, block_hidden, state_size, False)
+                multiply(packed, unprojected, size, rows, weight_hr, size, state_size, block_hidden, state_size)
             target = advance(output, entry * state_size)
             copy_rows(block_hidden, state_size, target, directions * state_size, rows, state_size)
         if not backwards:
@@ -196,7 +201,8 @@ def backward_part(call, part, step_backward, zero):
     batch, directions = call[BATCH], call[DIRECTIONS]
     projected = call[WEIGHT_HR] != 0
     weight_hh = as_pointer(call[WEIGHT_HH], zero)
-    width = panel_width_of(weight_hh)
+    packed = call[PACKED] != 0
+    width = panel_width_of(weight_hh) if packed else 1
     weight_hh = advance(weight_hh, direction * gate_size * round_up(state_size, width))
     weight_hr = as_pointer(call[WEIGHT_HR], zero)
     weight_hr = advance(weight_hr, direction * state_size * round_up(size, width))
@@ -229,7 +235,8 @@ def backward_part(call, part, step_backward, zero):
             if projected:
                 target = advance(d_projected, entry * state_size)
                 copy_rows(block_d_hidden, state_size, target, state_stride, rows, state_size)
-                multiply(block_d_hidden, state_size, rows, weight_hr, state_size, size, d_unprojected, size, False)
+                source, target = block_d_hidden, d_unprojected
+                multiply_transposed(packed, source, state_size, rows, weight_hr, state_size, size, target, size, False)
             for row in range(rows):
                 here = entry + row * directions
                 row_gates = advance(gates, here * saved_size)
@@ -270,16 +277,9 @@ def backward_part(call, part, step_backward, zero):
                         size - full,
                     )
             source = advance(dgates_h, entry * gate_size)
-            multiply(
-                source,
-                directions * gate_size,
-                rows,
-                weight_hh,
-                gate_size,
-                state_size,
-                block_d_hidden,
-                state_size,
-                two_sided,
+            stride, target = directions * gate_size, block_d_hidden
+            multiply_transposed(
+                packed, source, stride, rows, weight_hh, gate_size, state_size, target, state_size, two_sided
             )
         if not backwards:
             offset += running
@@ -317,6 +317,20 @@ def pack(weight: Tensor) -> Tensor:
     return weight.reshape(directions, panels, width, depth).transpose(2, 3).contiguous()
 
 
+def _arrange(rows: int, weight_hh: Tensor, weight_hr: Tensor | None, dtype: torch.dtype, transposed: bool):
+    """The weights in ``dtype`` as the kernels take them: in panels (of the transposes), or as they lie for few rows."""
+
+    def arrange(weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        weight = weight.to(dtype)
+        if rows <= FEW_ROWS:
+            return weight.contiguous()
+        return pack(weight.transpose(1, 2) if transposed else weight)
+
+    return arrange(weight_hh), arrange(weight_hr)
+
+
 def _part_table(batch: int, batch_sizes: Tensor | None, reverse: list[int], threads: int) -> tuple[Tensor, int]:
     """Directions x ranges of batch rows, about as many as there are threads, with equal numbers of rows over time."""
     chunks = max(1, min(batch, -(-threads // len(reverse))))
@@ -336,17 +350,29 @@ def _part_table(batch: int, batch_sizes: Tensor | None, reverse: list[int], thre
     return torch.tensor(table, dtype=torch.int64), len(table)
 
 
-def _plan(rows, batch, batch_sizes, reverse, gate_size, state_size, element_size):
-    """Part table, number of parts, threads and rows of a block for one call."""
-    work = rows * len(reverse) * gate_size * state_size
-    threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
-    table, parts = _part_table(batch, batch_sizes, reverse, threads)
-    block_rows = max(6, min(96, BLOCK_BYTES // (gate_size * element_size) // 6 * 6))
-    return table, parts, min(threads, parts), min(block_rows, max(batch, 1))
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _shared_values(like, batch, batch_sizes, reverse, sizes, scratch_columns, weights, reserve):
+    """What every kernel is passed first (COUNTER to PACKED), the number of threads, and what must outlive the call."""
+    rows, directions, _ = like.shape
+    _, state_size, gate_size, _ = sizes
+    work = rows * directions * gate_size * state_size
+    threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
+    table, parts = _part_table(batch, batch_sizes, reverse, threads)
+    block_rows = max(6, min(96, BLOCK_BYTES // (gate_size * like.element_size()) // 6 * 6))
+    block_rows = min(block_rows, batch)
+    scratch = like.new_empty(parts, block_rows * scratch_columns)
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    steps = rows // batch if batch_sizes is None else len(batch_sizes)
+    values = (
+        *(0, parts, table.data_ptr(), steps, rows, batch, _address(batch_sizes), directions, block_rows),
+        *(*sizes, scratch.data_ptr(), block_rows * scratch_columns),
+        *map(_address, (*weights, *reserve)),
+        rows > FEW_ROWS,
+    )
+    return values, min(threads, parts), (table, scratch, batch_sizes)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -383,8 +409,6 @@ def scan_forward(
     saved_size = {"lstm": 4, "gru": 4}.get(cell, 1) * size
 
     gates_x = gates_x.to(compute).contiguous()
-    packed_hh = pack(weight_hh.to(compute))
-    packed_hr = None if weight_hr is None else pack(weight_hr.to(compute))
     bias_hn = None if bias_hn is None else bias_hn.to(compute).contiguous()
     hidden = h0.to(compute, copy=True, memory_format=torch.contiguous_format)
     cell_state = None if c0 is None else c0.to(compute, copy=True, memory_format=torch.contiguous_format)
@@ -396,46 +420,14 @@ def scan_forward(
         cell_prev = None if c0 is None else gates_x.new_empty(rows, directions, size)
 
     if rows:
-        if batch_sizes is not None:
-            batch_sizes = batch_sizes.contiguous()
-        table, parts, threads, block_rows = _plan(
-            rows, batch, batch_sizes, reverse, gate_size, state_size, gates_x.element_size()
+        weights = _arrange(rows, weight_hh, weight_hr, compute, transposed=False)
+        reserve = (gates, hidden_prev, cell_prev)
+        sizes = (size, state_size, gate_size, saved_size)
+        shared, threads, _keep = _shared_values(
+            gates_x, batch, batch_sizes, reverse, sizes, gate_size + size, weights, reserve
         )
-        scratch_size = block_rows * (gate_size + size)
-        scratch = gates_x.new_empty(parts, scratch_size)
-        steps = rows // batch if batch_sizes is None else len(batch_sizes)
-        call = (
-            *(
-                0,
-                parts,
-                table.data_ptr(),
-                steps,
-                rows,
-                batch,
-                _address(batch_sizes),
-                directions,
-                block_rows,
-                size,
-                state_size,
-            ),
-            *(
-                gate_size,
-                saved_size,
-                scratch.data_ptr(),
-                scratch_size,
-                packed_hh.data_ptr(),
-                _address(packed_hr),
-            ),
-            *(_address(gates), _address(hidden_prev), _address(cell_prev)),
-            *(
-                gates_x.data_ptr(),
-                _address(bias_hn),
-                hidden.data_ptr(),
-                _address(cell_state),
-                output.data_ptr(),
-            ),
-        )
-        run(_kernel(cell, False, compute), call, threads)
+        arrays = (gates_x, bias_hn, hidden, cell_state, output)
+        run(_kernel(cell, False, compute), (*shared, *map(_address, arrays)), threads)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
     return tuple(None if result is None else result.to(dtype) for result in results)
 
@@ -471,9 +463,6 @@ def scan_backward(
 
     gates, hidden_prev, cell_prev = prepare(gates), prepare(hidden_prev), prepare(cell_prev)
     d_output = prepare(d_output)
-    # the products walk the weights the other way: dh = dgates @ weight_hh
-    packed_hh = pack(weight_hh.to(compute).transpose(1, 2))
-    packed_hr = None if weight_hr is None else pack(weight_hr.to(compute).transpose(1, 2))
     d_hidden = state_gradient(d_h_n, state_size)
     d_cell = None if cell_prev is None else state_gradient(d_c_n, size)
     dgates_x = gates.new_empty(rows, directions, gate_size)
@@ -481,44 +470,11 @@ def scan_backward(
     d_projected = None if weight_hr is None else gates.new_empty(rows, directions, state_size)
 
     if rows:
-        if batch_sizes is not None:
-            batch_sizes = batch_sizes.contiguous()
-        table, parts, threads, block_rows = _plan(
-            rows, batch, batch_sizes, reverse, gate_size, state_size, gates.element_size()
-        )
-        scratch_size = block_rows * size
-        scratch = gates.new_empty(parts, scratch_size)
-        steps = rows // batch if batch_sizes is None else len(batch_sizes)
-        call = (
-            *(
-                0,
-                parts,
-                table.data_ptr(),
-                steps,
-                rows,
-                batch,
-                _address(batch_sizes),
-                directions,
-                block_rows,
-                size,
-                state_size,
-            ),
-            *(
-                gate_size,
-                saved_size,
-                scratch.data_ptr(),
-                scratch_size,
-                packed_hh.data_ptr(),
-                _address(packed_hr),
-            ),
-            *(gates.data_ptr(), hidden_prev.data_ptr(), _address(cell_prev)),
-            *(_address(d_output), d_hidden.data_ptr(), _address(d_cell)),
-            *(
-                dgates_x.data_ptr(),
-                _address(dgates_x if dgates_h is None else dgates_h),
-                _address(d_projected),
-            ),
-        )
-        run(_kernel(cell, True, compute), call, threads)
+        weights = _arrange(rows, weight_hh, weight_hr, compute, transposed=True)
+        reserve = (gates, hidden_prev, cell_prev)
+        sizes = (size, state_size, gate_size, saved_size)
+        shared, threads, _keep = _shared_values(gates, batch, batch_sizes, reverse, sizes, size, weights, reserve)
+        arrays = (d_output, d_hidden, d_cell, dgates_x, dgates_x if dgates_h is None else dgates_h, d_projected)
+        run(_kernel(cell, True, compute), (*shared, *map(_address, arrays)), threads)
     results = (dgates_x, dgates_h, d_projected, d_hidden, d_cell)
     return tuple(None if result is None else result.to(dtype) for result in results)

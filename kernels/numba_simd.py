@@ -101,6 +101,15 @@ def fused_multiply_add(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
+def sum_of_lanes(builder, vector):
+    """Emit the sum of a vector's lanes, in an order that LLVM chooses."""
+    scalar = vector.type.element
+    function_type = ir.FunctionType(scalar, [scalar, vector.type])
+    name = f"llvm.vector.reduce.fadd.{_suffix(vector.type)}"
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, [ir.Constant(scalar, 0), vector], fastmath=("reassoc",))
+
+
 def _scalar_bytes(vector_type):
     return 4 if isinstance(vector_type.element, ir.FloatType) else 8
 
