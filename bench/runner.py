@@ -1,0 +1,97 @@
+"""Runs one workload: the first call, the check, then the clock; and says how far it is from the floor."""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+
+import fastrnn
+
+from . import check, timer
+from .cases import build
+from .floor import floor_seconds
+from .machine import measure
+from .results import Result, environment
+from .workloads import Workload
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be: a workload and how to run it."""
+
+    workload: Workload
+    dtype: str
+    device: torch.device
+    threads: int
+    backend: str  # a name, or auto for the one that dispatch picks
+    budget: float  # seconds for the samples of all sides together
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.workload.name} ({self.dtype}, {self.threads} threads, backend {self.backend})"
+
+
+class CheckFailed(Exception):
+    """fastrnn's results break the tolerance rule; the message has a line for each."""
+
+
+def run(job: Job) -> tuple[Result, fastrnn.Explanation]:
+    """Measures one row.
+
+    Raises CheckFailed, before anything is timed, if the results are wrong; whatever fastrnn or torch raise for
+    a call that they cannot run passes through.
+    """
+    workload, device, dtype = job.workload, job.device, DTYPES[job.dtype]
+    torch.set_num_threads(job.threads)
+    pair = build(workload, dtype, device)
+    ours, calls = pair.ours.callable(), pair.torch_calls()
+    forced = nullcontext() if job.backend == "auto" else fastrnn.use_backend(job.backend)
+    with forced, torch.set_grad_enabled(workload.mode == "train"):
+        explanation = fastrnn.explain(pair.ours.module, pair.ours.inputs.input)
+        first_call = timer.seconds(ours, device)
+        if found := check.problems(workload, dtype, device):
+            raise CheckFailed("\n".join(found))
+        machine = measure(device, dtype, job.threads)
+        timings = timer.compare({"fastrnn": ours, **calls}, device, job.budget)
+
+    mine = timings.pop("fastrnn")
+    torch_module, theirs = min(timings.items(), key=lambda item: item[1].median)
+    noise = ["noisy"] if mine.noisy or theirs.noisy else []
+    floor = floor_seconds(workload, dtype, device, machine)
+    result = Result(
+        **asdict(environment(device)),
+        workload=workload.name,
+        cell=workload.cell,
+        mode=workload.mode,
+        input=workload.input,
+        hidden=workload.hidden,
+        layers=workload.layers,
+        bidirectional=workload.bidirectional,
+        batch=workload.batch,
+        time=workload.time,
+        padding=workload.variable,
+        dtype=job.dtype,
+        threads=job.threads,
+        backend="+".join(dict.fromkeys(layer.backend for layer in explanation.layers)),
+        median_ms=1e3 * mine.median,
+        p20_ms=1e3 * mine.p20,
+        p80_ms=1e3 * mine.p80,
+        samples=mine.samples,
+        torch_module=torch_module,
+        torch_median_ms=1e3 * theirs.median,
+        torch_p20_ms=1e3 * theirs.p20,
+        torch_p80_ms=1e3 * theirs.p80,
+        ratio=theirs.median / mine.median,
+        floor_ms=1e3 * floor,
+        floor_share=floor / mine.median,
+        first_call_ms=1e3 * first_call,
+        note="; ".join(filter(None, [job.note, *workload.left_out, *noise])),
+    )
+    return result, explanation
