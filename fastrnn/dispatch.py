@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -59,6 +60,9 @@ _TABLE = {
 
 # One backend for the whole process, or None to choose by the table.
 _chosen: str | None = os.environ.get("FASTRNN_BACKEND") or None
+# What was chosen at the start and in every use_backend block that has not ended; the last entry is _chosen.
+_entered: list[list[str | None]] = [[_chosen]]
+_entered_lock = threading.Lock()
 
 
 @functools.cache
@@ -104,11 +108,17 @@ def use_backend(name: str) -> Iterator[None]:
     reason = _unavailable(name)
     if reason:
         raise RuntimeError(f"the backend {name!r} is not available: {reason}")
-    before, _chosen = _chosen, name
+    entry = [name]
+    with _entered_lock:
+        _entered.append(entry)
+        _chosen = name
     try:
         yield
     finally:
-        _chosen = before
+        # blocks of several threads may end in any order: take out this one, the last that is left counts
+        with _entered_lock:
+            _entered[:] = [other for other in _entered if other is not entry]
+            _chosen = _entered[-1][0]
 
 
 def _objection(name: str, call: Call) -> str | None:

@@ -55,6 +55,8 @@ class _Inputs(NamedTuple):
 def _project(inputs: _Inputs, cell: str) -> tuple[Tensor, Tensor | None]:
     """gates_x (rows, D, G*H) and bias_hn (D, H): W_ih x with all biases that may be added before the time loop."""
     x, weight_ih, bias_ih, _, bias_hh, _, _, _ = inputs
+    if weight_ih.dim() != 3:
+        raise RuntimeError(f"fastrnn: weight_ih should have the shape (G*H, I), got {tuple(weight_ih.shape[1:])}")
     groups, gate_size, input_size = weight_ih.shape
     bias, bias_hn = bias_ih, None
     if cell == "gru":
@@ -94,17 +96,6 @@ def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bo
     # past the operator's own derivative, which would cost 10 µs and do nothing here
     with torch._C._AutoDispatchBelowAutograd():
         return ops.scan_forward(*arguments)
-
-
-def _weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
-    """Sum over rows of d_out (rows, D, N) times source (rows, D or 1 or E, K), per example: (examples, D, N, K)."""
-    rows, groups, columns = d_out.shape
-    depth = source.shape[2]
-    d_out = d_out.reshape(rows // examples, examples, source.shape[1], -1).permute(1, 2, 3, 0)
-    source = source.reshape(rows // examples, examples, -1, depth).permute(1, 2, 0, 3)
-    if examples == 1 and source.shape[1] == 1:
-        return torch.mm(d_out[0, 0], source[0, 0]).view(1, groups, columns, depth)
-    return torch.matmul(d_out, source).reshape(examples, groups, columns, depth)
 
 
 def _bias_gradient(d_out: Tensor, examples: int) -> Tensor:
@@ -149,9 +140,9 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
             by_source = dgates_x.reshape(rows, sources, -1).transpose(0, 1)
             dx = torch.matmul(by_source, weight).transpose(0, 1)
     if needs_weight_ih:
-        d_weight_ih = _weight_gradient(dgates_x, x, config.examples)
+        d_weight_ih = ops.weight_gradient(dgates_x, x, config.examples)
     if needs_weight_hh:
-        d_weight_hh = _weight_gradient(dgates_h, hidden_prev, config.examples)
+        d_weight_hh = ops.weight_gradient(dgates_h, hidden_prev, config.examples)
     if bias_ih is not None and needs_bias_ih:
         d_bias_ih = _bias_gradient(dgates_x, config.examples)
     if bias_hh is not None and needs_bias_hh:
@@ -162,7 +153,7 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
             else d_bias_ih.clone()
         )
     if weight_hr is not None and needs_weight_hr:
-        d_weight_hr = _weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), config.examples)
+        d_weight_hr = ops.weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), config.examples)
     return dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, dh0, None if c0 is None else dc0
 
 
@@ -437,10 +428,10 @@ def _operator_gradients(ctx, d_output, d_h_n, d_c_n, *_):
     )
     if cell != "gru":
         dgates_h = dgates_x
-    d_weight_hh = _weight_gradient(dgates_h, hidden_prev, 1)[0]
+    d_weight_hh = ops.weight_gradient(dgates_h, hidden_prev, 1)[0]
     d_weight_hr = d_bias_hn = None
     if weight_hr is not None:
-        d_weight_hr = _weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), 1)[0]
+        d_weight_hr = ops.weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), 1)[0]
     if bias_hn is not None:
         d_bias_hn = dgates_h[..., -bias_hn.shape[1] :].sum(0)
     d_tensors = (dgates_x, d_weight_hh, d_weight_hr, d_bias_hn, dh0, None if c0 is None else dc0, None)

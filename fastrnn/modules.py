@@ -37,11 +37,18 @@ def _run_layer(*arguments) -> tuple[Tensor, ...]:
     return functional.layer(*arguments)
 
 
+def _autocast_is_on(input: Tensor) -> bool:
+    device = input.device.type
+    # asking for a device that has no autocast (meta) raises
+    return torch._C._is_any_autocast_enabled() and (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+
+
 def _autocast_dtype(input: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's if that is on (and the input no float64, which it leaves alone)."""
-    device = input.device.type
-    if input.dtype.is_floating_point and input.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if input.dtype.is_floating_point and input.dtype != torch.float64 and _autocast_is_on(input):
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
@@ -129,7 +136,7 @@ class _Layer(nn.RNNBase):
         """Whether shapes, dtypes and devices are what they should be. Everything else is left to torch.nn."""
         if input.shape[-1] != self.input_size or input.numel() == 0:
             return False
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = _autocast_is_on(input)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
         for part, size in zip(state, sizes, strict=False):
@@ -187,6 +194,8 @@ class _Layer(nn.RNNBase):
             if data.dim() != 2 or not _is_packing(batch_sizes, data.shape[0]):
                 return None
             batch = int(batch_sizes[0])
+            if input.sorted_indices is not None and input.sorted_indices.shape != (batch,):
+                return None
         elif isinstance(input, Tensor) and input.dim() in (2, 3):
             data = input
             unbatched = input.dim() == 2
@@ -450,7 +459,7 @@ class _Cell(RNNCellBase):
         if input.shape[-1] != self.input_size:
             return False
         expected = (*input.shape[:-1], self.hidden_size)
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = _autocast_is_on(input)
         return all(part.shape == expected and _fits(part, input, autocast) for part in state) and all(
             weight is None or _fits(weight, input, autocast) for weight in weights
         )

@@ -1,4 +1,4 @@
-"""The operators ``fastrnn::scan_forward`` and ``fastrnn::scan_backward``: schemas, shapes and the way to a backend.
+"""The operators of fastrnn: schemas, shapes under tracing, and the way to a backend.
 
 One operator is one layer's time loop, for D groups (directions, or models of an ensemble) side by side.
 ``rows`` counts the time steps of all sequences: T * B for a dense input, the sum of ``batch_sizes`` for a
@@ -38,6 +38,14 @@ _library.define(
     "Tensor hidden_prev, Tensor? cell_prev, Tensor weight_hh, Tensor? weight_hr, SymInt batch, Tensor? batch_sizes, "
     "int[] reverse) -> (Tensor dgates_x, Tensor dgates_h, Tensor d_projected, Tensor dh0, Tensor dc0)"
 )
+
+# Sum over rows of d_out (rows, D, N) times source (rows, S, K), S = D or a divisor of it, kept apart for every
+# one of the interleaved examples: (examples, D, N, K).
+_library.define("weight_gradient(Tensor d_out, Tensor source, SymInt examples) -> Tensor")
+
+# Rows that one partial sum of a weight gradient runs over, and up to how many weights a matrix counts as small.
+SUM_BLOCK = 128
+SMALL_MATRIX = 1 << 16
 
 
 def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -116,6 +124,27 @@ def _scan_backward(
     return _fill(results, gates)
 
 
+@torch.library.impl(_library, "weight_gradient", "CompositeExplicitAutograd")
+def _weight_gradient(d_out, source, examples):
+    rows, groups, columns = d_out.shape
+    sources, depth = source.shape[1:]
+    steps = rows // examples
+    d_out = d_out.reshape(steps, examples * sources, -1).permute(1, 2, 0)
+    source = source.reshape(steps, examples * sources, depth).transpose(0, 1)
+    # One sum over all time steps loses digits. The matrix product takes a small matrix's sum in one go, a large one's
+    # in blocks of its own, where small blocks of ours only cost time. Not baddbmm: it goes on with the same sum.
+    block = SUM_BLOCK if d_out.shape[1] * depth <= SMALL_MATRIX else 4 * SUM_BLOCK
+    gradient = torch.bmm(d_out[:, :, :block], source[:, :block])
+    for start in range(block, steps, block):
+        gradient += torch.bmm(d_out[:, :, start : start + block], source[:, start : start + block])
+    return gradient.view(examples, groups, columns, depth)
+
+
+@torch.library.register_fake("fastrnn::weight_gradient", lib=_library)
+def _fake_weight_gradient(d_out, source, examples):
+    return d_out.new_empty(examples, d_out.shape[1], d_out.shape[2], source.shape[2])
+
+
 @torch.library.register_fake("fastrnn::scan_forward", lib=_library)
 def _fake_scan_forward(backend, cell, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, reverse, save):
     rows, groups, _ = gates_x.shape
@@ -164,3 +193,4 @@ def _fake_scan_backward(
 
 scan_forward = torch.ops.fastrnn.scan_forward.default
 scan_backward = torch.ops.fastrnn.scan_backward.default
+weight_gradient = torch.ops.fastrnn.weight_gradient.default

@@ -56,8 +56,8 @@ CELLS = {
 }
 
 
-def _direction(step, gates_x, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse):
-    """One direction's time loop: gates_x (rows, G*H), hidden (B, H'), cell (B, H) or None."""
+def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse):
+    """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
     outputs = [None] * len(sizes)
     starts = [0]
     for size in sizes:
@@ -67,8 +67,9 @@ def _direction(step, gates_x, weight_hh, bias_hh, weight_hr, hidden, cell, sizes
         size = sizes[time]
         running = hidden[:size]
         running_cell = None if cell is None else cell[:size]
+        gates_x = torch.nn.functional.linear(x[starts[time] : starts[time + 1]], weight_ih, bias_ih)
         gates_h = torch.nn.functional.linear(running, weight_hh, bias_hh)
-        new, new_cell = step(gates_x[starts[time] : starts[time + 1]], gates_h, running, running_cell)
+        new, new_cell = step(gates_x, gates_h, running, running_cell)
         if weight_hr is not None:
             new = torch.nn.functional.linear(new, weight_hr)
         outputs[time] = new
@@ -92,6 +93,12 @@ def layer(
     reverse: list[int],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # as the kernels do: the state is kept in float32 from step to step
+        tensors = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+        single = [None if tensor is None else tensor.float() for tensor in tensors]
+        results = layer(cell, *single, batch_sizes, reverse)
+        return tuple(None if result is None else result.to(x.dtype) for result in results)
     groups = len(reverse)
     inputs = x.shape[1]
     batch = h0.shape[1]
@@ -99,9 +106,9 @@ def layer(
     results = [
         _direction(
             CELLS[cell].step,
-            torch.nn.functional.linear(
-                x[:, group * inputs // groups], weight_ih[group], None if bias_ih is None else bias_ih[group]
-            ),
+            x[:, group * inputs // groups],
+            weight_ih[group],
+            None if bias_ih is None else bias_ih[group],
             weight_hh[group],
             None if bias_hh is None else bias_hh[group],
             None if weight_hr is None else weight_hr[group],

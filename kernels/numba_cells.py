@@ -23,6 +23,7 @@ from .numba_simd import (
     power_of_two,
     rounder,
     store,
+    where_below,
     with_sign_of,
     zero_unless_positive,
 )
@@ -65,14 +66,28 @@ def _exp_parts(x):
 @inline
 def sigmoid(x):
     """``1 / (1 + exp(-x))``; results under the smallest normal number become zero."""
-    largest = 89.0 if is_single_precision(x) else 710.0
-    s, p = _exp_parts(at_most(at_least(-x, -largest), largest))
+    # exp(-x) must neither underflow to nonsense, where power_of_two would, nor stop short of infinity
+    lowest, highest = (-87.0, 89.0) if is_single_precision(x) else (-708.0, 710.0)
+    s, p = _exp_parts(at_most(at_least(-x, lowest), highest))
     return 1.0 / (s * (p + 1.0) + 1.0)
 
 
 @inline
 def tanh(x):
-    """``-m / (2 + m)`` with m = expm1(-2 |x|), which keeps its relative accuracy near zero."""
+    """Within 1 ulp in float32, where 1 - tanh(x)**2 in the backward pass would magnify more; 3 ulp in float64."""
+    if is_single_precision(x):
+        # near zero x + x**3 * q(x**2), a minimax fit of (tanh(x) / x - 1) / x**2 on |x| < 0.625 with relative
+        # error 4.4e-9
+        square = x * x
+        q = square * -0.00570493 + 0.02063903
+        q = q * square + -0.0537397
+        q = q * square + 0.13331442
+        q = q * square + -0.33333282
+        near_zero = x + x * (square * q)
+        s, p = _exp_parts(at_most(magnitude(x) * 2.0, 60.0))
+        elsewhere = with_sign_of(1.0 - 2.0 / (s * (p + 1.0) + 1.0), x)
+        return where_below(magnitude(x), 0.625, near_zero, elsewhere)
+    # -m / (2 + m) with m = expm1(-2 |x|) keeps its relative accuracy near zero
     s, p = _exp_parts(at_least(magnitude(x) * -2.0, -60.0))
     m = s * p + (s - 1.0)
     return with_sign_of(m / (m + 2.0), x)

@@ -261,6 +261,16 @@ zero_unless_positive = _select_intrinsic(_emit_zero_unless_positive)
 
 
 @intrinsic
+def where_below(typingctx, x, bound, below, otherwise):
+    """``below`` in the lanes where ``x < bound``, else ``otherwise`` (also where x is NaN)."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return x(x, x, x, x), codegen
+
+
+@intrinsic
 def with_sign_of(typingctx, magnitude, sign):
     """``|magnitude|`` with the sign of ``sign``, lane by lane."""
     vector = magnitude

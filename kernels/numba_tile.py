@@ -64,11 +64,6 @@ def _tile(typingctx, rows, packed, a, a_stride, panel, line_size, depth, out, ou
         spots = [(r, v) for r in range(row_count) for v in range(TILE_VECTORS)]
 
         zero = ir.Constant(vector, None)
-        starts = []
-        for r, v in spots:
-            before = masked_load(builder, vector, builder.gep(out_rows[r], [index(v * lanes)]), masks[v])
-            starts.append(builder.select(accumulate, before, zero))
-
         before_loop = builder.block
         loop = builder.append_basic_block("tile.depth")
         after = builder.append_basic_block("tile.done")
@@ -77,8 +72,8 @@ def _tile(typingctx, rows, packed, a, a_stride, panel, line_size, depth, out, ou
         k = builder.phi(index)
         sums = [builder.phi(vector) for _ in spots]
         k.add_incoming(index(0), before_loop)
-        for total, start in zip(sums, starts, strict=True):
-            total.add_incoming(start, before_loop)
+        for total in sums:
+            total.add_incoming(zero, before_loop)
 
         line = builder.gep(panel, [builder.mul(k, line_size)])
         weights = []
@@ -101,7 +96,10 @@ def _tile(typingctx, rows, packed, a, a_stride, panel, line_size, depth, out, ou
 
         builder.position_at_end(after)
         for (r, v), total in zip(spots, updated, strict=True):
-            masked_store(builder, total, builder.gep(out_rows[r], [index(v * lanes)]), masks[v])
+            target = builder.gep(out_rows[r], [index(v * lanes)])
+            # added last: a sum that starts from a large value loses the digits of the small ones
+            before = builder.select(accumulate, masked_load(builder, vector, target, masks[v]), zero)
+            masked_store(builder, builder.fadd(total, before), target, masks[v])
         return context.get_dummy_value()
 
     i64 = types.int64
