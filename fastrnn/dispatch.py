@@ -58,11 +58,14 @@ _TABLE = {
     "reference": _Backend(None, None, "plain torch operations, the specification; runs only when named"),
 }
 
-# One backend for the whole process, or None to choose by the table.
-_chosen: str | None = os.environ.get("FASTRNN_BACKEND") or None
-# What was chosen at the start and in every use_backend block that has not ended; the last entry is _chosen.
-_entered: list[list[str | None]] = [[_chosen]]
-_entered_lock = threading.Lock()
+
+class _Choice(threading.local):
+    """The backend that was asked for, or None to choose by the table; every thread has its own."""
+
+    name: str | None = os.environ.get("FASTRNN_BACKEND") or None
+
+
+choice = _Choice()
 
 
 @functools.cache
@@ -94,7 +97,7 @@ def _check_name(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every layer inside the ``with`` block on backend ``name``, in all threads of the process.
+    """Run every layer inside the ``with`` block on backend ``name``, in the thread that entered it.
 
     The environment variable ``FASTRNN_BACKEND`` does the same for a whole process. A call that the backend cannot run
     raises ``RuntimeError``; it does not fall back to another one.
@@ -103,22 +106,15 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of that name.
         RuntimeError: the backend is not available on this machine.
     """
-    global _chosen
     _check_name(name)
     reason = _unavailable(name)
     if reason:
         raise RuntimeError(f"the backend {name!r} is not available: {reason}")
-    entry = [name]
-    with _entered_lock:
-        _entered.append(entry)
-        _chosen = name
+    before, choice.name = choice.name, name
     try:
         yield
     finally:
-        # blocks of several threads may end in any order: take out this one, the last that is left counts
-        with _entered_lock:
-            _entered[:] = [other for other in _entered if other is not entry]
-            _chosen = _entered[-1][0]
+        choice.name = before
 
 
 def _objection(name: str, call: Call) -> str | None:
@@ -156,4 +152,4 @@ def select(call: Call) -> Selection:
         ValueError: ``FASTRNN_BACKEND`` names no backend.
         RuntimeError: the backend that was asked for cannot run the call.
     """
-    return _select(call, _chosen)
+    return _select(call, choice.name)

@@ -25,7 +25,7 @@ def _select(call: tuple) -> str:
     if torch.compiler.is_dynamo_compiling():
         from . import _compile
 
-        return _compile.select(dispatch._chosen, *call)
+        return _compile.select(dispatch.choice.name, *call)
     return dispatch.select(dispatch.Call(*call)).backend
 
 

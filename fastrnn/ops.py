@@ -43,9 +43,11 @@ _library.define(
 # one of the interleaved examples: (examples, D, N, K).
 _library.define("weight_gradient(Tensor d_out, Tensor source, SymInt examples) -> Tensor")
 
-# Rows that one partial sum of a weight gradient runs over, and up to how many weights a matrix counts as small.
-SUM_BLOCK = 128
+# Rows that one partial sum of a weight gradient runs over, for a matrix of up to SMALL_MATRIX weights and a larger one,
+# and how many numbers of partial sums are held at a time.
+SMALL_BLOCK, LARGE_BLOCK = 64, 256
 SMALL_MATRIX = 1 << 16
+PARTIAL_SUMS = 1 << 20
 
 
 def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -131,12 +133,17 @@ def _weight_gradient(d_out, source, examples):
     steps = rows // examples
     d_out = d_out.reshape(steps, examples * sources, -1).permute(1, 2, 0)
     source = source.reshape(steps, examples * sources, depth).transpose(0, 1)
-    # One sum over all time steps loses digits. The matrix product takes a small matrix's sum in one go, a large one's
-    # in blocks of its own, where small blocks of ours only cost time. Not baddbmm: it goes on with the same sum.
-    block = SUM_BLOCK if d_out.shape[1] * depth <= SMALL_MATRIX else 4 * SUM_BLOCK
-    gradient = torch.bmm(d_out[:, :, :block], source[:, :block])
-    for start in range(block, steps, block):
-        gradient += torch.bmm(d_out[:, :, start : start + block], source[:, start : start + block])
+    # One sum over all time steps loses digits: torch.nn adds up one product a step. The matrix product takes a small
+    # matrix's sum in one go and a large one's in blocks of its own, where small blocks of ours only cost time.
+    weights = d_out.shape[1] * depth
+    block = SMALL_BLOCK if weights <= SMALL_MATRIX else LARGE_BLOCK
+    end = steps - steps % block
+    gradient = torch.bmm(d_out[:, :, end:], source[:, end:])
+    stride = block * max(1, PARTIAL_SUMS // (weights * d_out.shape[0]))
+    for start in range(0, end, stride):
+        left = d_out[:, :, start : min(start + stride, end)].unflatten(2, (-1, block)).transpose(1, 2)
+        right = source[:, start : min(start + stride, end)].unflatten(1, (-1, block))
+        gradient += torch.matmul(left, right).sum(1)
     return gradient.view(examples, groups, columns, depth)
 
 
