@@ -1,0 +1,63 @@
+"""Compiled kernels on disk: used again, told apart, mended when damaged, done without where nothing can be written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import time, torch, fastrnn
+layer, input = getattr(fastrnn, {name!r})(3, 5), torch.ones(4, 2, 3)
+start = time.perf_counter()
+output, _ = layer(input)
+print(time.perf_counter() - start)
+assert torch.allclose(output, fastrnn.convert(layer, to="torch")(input)[0], rtol=0, atol=2.0**-20)
+"""
+
+
+def first_call(cache: Path, name: str = "LSTM") -> tuple[float, str]:
+    """Seconds of the first forward call in a new process, and what the process said on stderr."""
+    environment = {**os.environ, "FASTRNN_CACHE_DIR": str(cache), "FASTRNN_BACKEND": "numba"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", SCRIPT.format(name=name)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return float(process.stdout), process.stderr
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_first_call_is_quick(name, tmp_path):
+    cold, _ = first_call(tmp_path, name)
+    # the quickest of three: what is asked for is the work to be done, not how busy the machine is
+    warm = min(first_call(tmp_path, name)[0] for _ in range(3))
+    assert cold < 8
+    assert warm < 0.5
+
+
+def test_kernels_are_kept_and_used_again(tmp_path):
+    first_call(tmp_path)
+    (kernel,) = tmp_path.iterdir()
+    written = kernel.stat().st_mtime_ns
+    first_call(tmp_path)
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [written]
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: content[::-1]])
+def test_damaged_file_is_compiled_again(damage, tmp_path):
+    first_call(tmp_path)
+    (kernel,) = tmp_path.iterdir()
+    content = kernel.read_bytes()
+    kernel.write_bytes(damage(content))
+    first_call(tmp_path)
+    assert len(kernel.read_bytes()) > len(content) // 2
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    """A file stands where the folder should be: that stops root too, which a read-only folder does not."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    _, said = first_call(blocked)
+    assert "cannot keep its compiled kernels" in said
+    assert "FASTRNN_CACHE_DIR" in said
