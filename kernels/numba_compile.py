@@ -75,9 +75,13 @@ def _save(path: Path, symbol: str, library) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary, path)  # atomic: another process sees the whole file or none
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(temporary, path)  # atomic: another process sees the whole file or none
+        except OSError:
+            os.unlink(temporary)  # a full disk must not fill up with halves
+            raise
     except OSError as error:
         if not _cache_warned:
             _cache_warned = True

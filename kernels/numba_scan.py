@@ -13,6 +13,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from ..reference import CELLS
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run
 from .numba_simd import advance, as_pointer, fetch_and_increment, lanes, load, store
@@ -336,7 +337,7 @@ def _part_table(batch: int, batch_sizes: Tensor | None, reverse: list[int], thre
     chunks = max(1, min(batch, -(-threads // len(reverse))))
     bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
     if batch_sizes is not None and chunks > 1:
-        # sequences are sorted by falling length; lengths[b] is the number of steps in which row b runs
+        # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
         ended = torch.bincount(batch_sizes, minlength=batch + 1)[:batch].cumsum(0)
         work = (len(batch_sizes) - ended).cumsum(0)
         shares = work[-1] * torch.arange(1, chunks) / chunks
@@ -406,7 +407,7 @@ def scan_forward(
     rows, directions, gate_size = gates_x.shape
     batch, state_size = h0.shape[1:]
     size = state_size if weight_hr is None else weight_hr.shape[2]
-    saved_size = {"lstm": 4, "gru": 4}.get(cell, 1) * size
+    saved_size = CELLS[cell].saved * size
 
     gates_x = gates_x.to(compute).contiguous()
     bias_hn = None if bias_hn is None else bias_hn.to(compute).contiguous()

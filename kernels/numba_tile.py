@@ -22,7 +22,6 @@ from .numba_simd import (
     sum_of_lanes,
 )
 
-TILE_ROWS = 6
 TILE_VECTORS = 4 if MANY_REGISTERS else 2
 
 
