@@ -47,13 +47,13 @@ class Selection(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    module: str | None  # the module with can_run, scan_forward and scan_backward; None: plain torch
+    module: str | None  # the module with can_run, layer_forward and layer_backward; None: plain torch
     requires: str | None  # the package that the module imports
     about: str
 
 
 _TABLE = {
-    "numba": _Backend("fastrnn.kernels.numba_scan", "numba", "fused kernels for CPUs, compiled by Numba"),
+    "numba": _Backend("fastrnn.kernels.numba_layer", "numba", "fused kernels for CPUs, compiled by Numba"),
     "torch": _Backend(None, None, "torch.nn's own kernels; takes whatever torch.nn takes"),
     "reference": _Backend(None, None, "plain torch operations, the specification; runs only when named"),
 }

@@ -3,8 +3,8 @@
 The structure is the smallest that is right for first and second derivatives, ``torch.func`` transforms and
 ``torch.compile`` alike:
 
-* ``Scan`` runs the projection and the fused time loop and keeps the activated gates.
-* ``ScanBackward`` turns the gradients of the results into those of the inputs with the fused backward loop. It is a
+* ``Scan`` runs the fused layer and keeps the activated gates.
+* ``ScanBackward`` turns the gradients of the results into those of the inputs with the fused backward pass. It is a
   Function of its own so that it can be differentiated: its backward goes through ``reference.layer`` twice.
 * ``ScanTransformed`` and ``ScanBackwardTransformed`` are the same two with the extra methods that functorch asks
   for. They cost more per call and are used only while a transform is active. Their ``vmap`` folds a mapped
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from . import ops, reference
 from .reference import CELLS
@@ -52,109 +51,30 @@ class _Inputs(NamedTuple):
     c0: Tensor | None
 
 
-def _project(inputs: _Inputs, cell: str) -> tuple[Tensor, Tensor | None]:
-    """gates_x (rows, D, G*H) and bias_hn (D, H): W_ih x with all biases that may be added before the time loop."""
-    x, weight_ih, bias_ih, _, bias_hh, _, _, _ = inputs
-    if weight_ih.dim() != 3:
-        raise RuntimeError(f"fastrnn: weight_ih should have the shape (G*H, I), got {tuple(weight_ih.shape[1:])}")
-    groups, gate_size, input_size = weight_ih.shape
-    bias, bias_hn = bias_ih, None
-    if cell == "gru":
-        size = gate_size // 3
-        if bias_hh is None:
-            bias_hn = weight_ih.new_zeros(groups, size)
-        else:
-            bias, bias_hn = bias_ih.clone(), bias_hh[:, 2 * size :]
-            bias[:, : 2 * size] += bias_hh[:, : 2 * size]
-    elif bias_hh is not None:
-        bias = bias_ih + bias_hh
-    rows, sources, _ = x.shape
-    weight = weight_ih.reshape(sources, -1, input_size)
-    if sources == 1:
-        gates_x = linear(x[:, 0], weight[0], None if bias is None else bias.reshape(-1))
-        return gates_x.view(rows, groups, gate_size), bias_hn
-    gates_x = torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-    gates_x = gates_x.reshape(rows, groups, gate_size)
-    return (gates_x if bias is None else gates_x + bias), bias_hn
-
-
 def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bool) -> tuple[Tensor, ...]:
-    gates_x, bias_hn = _project(inputs, config.cell)
-    arguments = (
-        config.backend,
-        config.cell,
-        gates_x,
-        inputs.weight_hh,
-        inputs.weight_hr,
-        bias_hn,
-        inputs.h0,
-        inputs.c0,
-        batch_sizes,
-        config.reverse,
-        save,
-    )
     # past the operator's own derivative, which would cost 10 µs and do nothing here
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.scan_forward(*arguments)
+        return ops.layer_forward(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save)
 
 
-def _bias_gradient(d_out: Tensor, examples: int) -> Tensor:
-    rows, groups, columns = d_out.shape
-    return d_out.reshape(rows // examples, examples, groups, columns).sum(0)
+def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs, overwrite=False):
+    """Gradients of the inputs, in the order of _Inputs; those of weights and biases per example: (examples, ...).
 
-
-def _unprojected_hidden(gates: Tensor, cell_prev: Tensor) -> Tensor:
-    """The LSTM's o * tanh(c') of every row, (rows, D, H), from the saved gates i, f, g, o."""
-    i, f, g, o = gates.chunk(4, -1)
-    return o * torch.tanh(f * cell_prev + i * g)
-
-
-def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs):
-    """Gradients of the inputs, in the order of _Inputs; those of weights and biases per example: (examples, ...)."""
+    ``overwrite``: nobody will read the reserve again.
+    """
     x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0 = inputs
-    dgates_x, dgates_h, d_projected, dh0, dc0 = ops.scan_backward(
-        config.backend,
-        config.cell,
-        d_output,
-        d_h_n,
-        d_c_n,
-        gates,
-        hidden_prev,
-        cell_prev,
-        weight_hh,
-        weight_hr,
-        h0.shape[1],
-        batch_sizes,
-        config.reverse,
+    there = (True, True, bias_ih is not None, True, bias_hh is not None, weight_hr is not None)
+    needs = [needed and given for needed, given in zip(config.needs, there, strict=False)]
+    arguments = (
+        *(config.backend, config.cell, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev),
+        *(x, weight_ih, weight_hh, weight_hr, h0.shape[1], batch_sizes, config.reverse, config.examples, needs),
     )
-    if config.cell != "gru":
-        dgates_h = dgates_x
-    needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr, _, _ = config.needs
-    dx = d_weight_ih = d_bias_ih = d_weight_hh = d_bias_hh = d_weight_hr = None
-    if needs_x:
-        rows, sources, input_size = x.shape
-        weight = weight_ih.reshape(sources, -1, input_size)
-        if sources == 1:
-            dx = torch.mm(dgates_x.view(rows, -1), weight[0]).unsqueeze(1)
-        else:
-            by_source = dgates_x.reshape(rows, sources, -1).transpose(0, 1)
-            dx = torch.matmul(by_source, weight).transpose(0, 1)
-    if needs_weight_ih:
-        d_weight_ih = ops.weight_gradient(dgates_x, x, config.examples)
-    if needs_weight_hh:
-        d_weight_hh = ops.weight_gradient(dgates_h, hidden_prev, config.examples)
-    if bias_ih is not None and needs_bias_ih:
-        d_bias_ih = _bias_gradient(dgates_x, config.examples)
-    if bias_hh is not None and needs_bias_hh:
-        # a copy: gradients that share memory would be scaled twice by an optimizer that works in place
-        d_bias_hh = (
-            _bias_gradient(dgates_h, config.examples)
-            if dgates_h is not dgates_x or d_bias_ih is None
-            else d_bias_ih.clone()
-        )
-    if weight_hr is not None and needs_weight_hr:
-        d_weight_hr = ops.weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), config.examples)
-    return dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, dh0, None if c0 is None else dc0
+    if overwrite:
+        *gradients, dh0, dc0 = ops.layer_backward_on(*arguments, overwrite=True)
+    else:
+        *gradients, dh0, dc0 = ops.layer_backward(*arguments)
+    gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    return *gradients, dh0, None if c0 is None else dc0
 
 
 class Scan(Function):
@@ -181,6 +101,15 @@ class Scan(Function):
         return (None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
 
 
+def _is_last_use(gates: Tensor) -> bool:
+    """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
+    return (
+        type(gates) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
 def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     """The gradients of a layer's inputs from what ``Scan`` saved, in the cheapest way that the moment allows."""
     batch_sizes, gates, hidden_prev, cell_prev, *inputs = ctx.saved_tensors
@@ -195,8 +124,13 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, *arguments, *inputs)
     else:
-        gradients = _scan_backward(config, batch_sizes, *arguments, _Inputs(*inputs))
-    # weights and biases come with a dimension of examples, of which there is one here
+        overwrite = _is_last_use(gates)
+        gradients = _scan_backward(config, batch_sizes, *arguments, _Inputs(*inputs), overwrite)
+    return _of_the_only_example(gradients)
+
+
+def _of_the_only_example(gradients):
+    """Weights' and biases' gradients without their dimension of examples, where there is one example."""
     return [
         gradient if gradient is None or name not in _PER_EXAMPLE else gradient[0]
         for name, gradient in zip(_Inputs._fields, gradients, strict=True)
@@ -417,29 +351,20 @@ def _keep_for_operator(ctx, inputs, output):
 def _operator_gradients(ctx, d_output, d_h_n, d_c_n, *_):
     """The derivative of the operator called by itself, as programs from ``torch.export`` and ``torch.jit.trace`` do."""
     backend, cell, reverse = ctx.config
-    _, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes = ctx.saved_tensors
+    *inputs, batch_sizes = ctx.saved_tensors
     # such a program was recorded without saving anything: run the loop once more
-    *_, gates, hidden_prev, cell_prev = ops.scan_forward(backend, cell, *ctx.saved_tensors, reverse, True)
-    if c0 is None:
+    *_, gates, hidden_prev, cell_prev = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True)
+    if inputs[-1] is None:
         d_c_n = cell_prev = None
-    dgates_x, dgates_h, d_projected, dh0, dc0 = ops.scan_backward(
-        *(backend, cell, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev),
-        *(weight_hh, weight_hr, h0.shape[1], batch_sizes, reverse),
+    config = _Config(backend, cell, reverse, needs=tuple(ctx.needs_input_grad[2:10]))
+    gradients = _scan_backward(
+        config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, _Inputs(*inputs)
     )
-    if cell != "gru":
-        dgates_h = dgates_x
-    d_weight_hh = ops.weight_gradient(dgates_h, hidden_prev, 1)[0]
-    d_weight_hr = d_bias_hn = None
-    if weight_hr is not None:
-        d_weight_hr = ops.weight_gradient(d_projected, _unprojected_hidden(gates, cell_prev), 1)[0]
-    if bias_hn is not None:
-        d_bias_hn = dgates_h[..., -bias_hn.shape[1] :].sum(0)
-    d_tensors = (dgates_x, d_weight_hh, d_weight_hr, d_bias_hn, dh0, None if c0 is None else dc0, None)
-    return None, None, *d_tensors, None, None
+    return None, None, *_of_the_only_example(gradients), None, None, None
 
 
 torch.library.register_autograd(
-    "fastrnn::scan_forward", _operator_gradients, setup_context=_keep_for_operator, lib=ops._library
+    "fastrnn::layer_forward", _operator_gradients, setup_context=_keep_for_operator, lib=ops._library
 )
 
 

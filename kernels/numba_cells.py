@@ -3,13 +3,15 @@
 Every function works on ``count`` neighbouring units, from unit ``j`` of a row on. ``size`` is the hidden size:
 gate k of unit j stands at ``k * size + j``.
 
-Forward: ``product`` is W_hh h of the row, ``gates_x`` its input projection with the biases; ``hidden`` and
-``cell`` hold the state, which is updated in place; ``gates`` takes what the backward step needs.
+Forward: ``product`` is W_hh h of the row, ``gates_x`` its input projection with the biases; ``hidden_prev`` and
+``hidden`` are the state before and after the step (they may be the same), ``cell`` is updated in place; ``gates`` takes
+what the backward step needs and may be the same as ``gates_x``.
 
-Backward: ``dh`` holds the gradient of the new hidden state; ``dc`` that of the new cell state, replaced by that
-of the old one. ``dgates_x`` and ``dgates_h`` take the gradients of the pre-activation gates on the input's and
-on the hidden state's side (they differ for the GRU only, the others leave ``dgates_h`` alone). ``dh`` is left
-with the share of the gradient that reaches the old hidden state past W_hh: nothing, but for the GRU.
+Backward: ``dh`` holds the gradient of the new hidden state; ``dc`` that of the new cell state, replaced by that of the
+old one. ``dgates`` takes the gradients of the pre-activation gates, and may be the same as ``gates``: of the LSTM and
+the RNN in the order of the gates; of the GRU those of r, z and n on the input's side, then that of n on the hidden
+state's side. ``dh`` is left with the share of the gradient that reaches the old hidden state past W_hh: of use to the
+GRU only.
 """
 
 from numba import njit
@@ -94,7 +96,7 @@ def tanh(x):
 
 
 @inline
-def rnn_tanh_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count, save):
+def rnn_tanh_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     h = tanh(load(product, j, count) + load(gates_x, j, count))
     store(hidden, j, count, h)
     if save:
@@ -102,13 +104,13 @@ def rnn_tanh_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, co
 
 
 @inline
-def rnn_tanh_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, size, j, count):
+def rnn_tanh_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, count):
     h = load(gates, j, count)
-    store(dgates_x, j, count, load(dh, j, count) * (1.0 - h * h))
+    store(dgates, j, count, load(dh, j, count) * (1.0 - h * h))
 
 
 @inline
-def rnn_relu_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count, save):
+def rnn_relu_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     h = at_least(load(product, j, count) + load(gates_x, j, count), 0.0)
     store(hidden, j, count, h)
     if save:
@@ -116,17 +118,17 @@ def rnn_relu_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, co
 
 
 @inline
-def rnn_relu_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, size, j, count):
-    store(dgates_x, j, count, zero_unless_positive(load(dh, j, count), load(gates, j, count)))
+def rnn_relu_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, count):
+    store(dgates, j, count, zero_unless_positive(load(dh, j, count), load(gates, j, count)))
 
 
 @inline
-def gru_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count, save):
+def gru_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     r = sigmoid(load(product, j, count) + load(gates_x, j, count))
     z = sigmoid(load(product, size + j, count) + load(gates_x, size + j, count))
     hn = load(product, 2 * size + j, count) + load(bias_hn, j, count)
     n = tanh(load(gates_x, 2 * size + j, count) + r * hn)
-    store(hidden, j, count, (1.0 - z) * n + z * load(hidden, j, count))
+    store(hidden, j, count, (1.0 - z) * n + z * load(hidden_prev, j, count))
     if save:
         store(gates, j, count, r)
         store(gates, size + j, count, z)
@@ -135,7 +137,7 @@ def gru_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count, 
 
 
 @inline
-def gru_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, size, j, count):
+def gru_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, count):
     r = load(gates, j, count)
     z = load(gates, size + j, count)
     n = load(gates, 2 * size + j, count)
@@ -144,17 +146,15 @@ def gru_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, size
     dn = d * (1.0 - z) * (1.0 - n * n)
     dz = d * (load(hidden_prev, j, count) - n) * z * (1.0 - z)
     dr = dn * hn * r * (1.0 - r)
-    store(dgates_x, j, count, dr)
-    store(dgates_x, size + j, count, dz)
-    store(dgates_x, 2 * size + j, count, dn)
-    store(dgates_h, j, count, dr)
-    store(dgates_h, size + j, count, dz)
-    store(dgates_h, 2 * size + j, count, dn * r)
+    store(dgates, j, count, dr)
+    store(dgates, size + j, count, dz)
+    store(dgates, 2 * size + j, count, dn)
+    store(dgates, 3 * size + j, count, dn * r)
     store(dh, j, count, d * z)
 
 
 @inline
-def lstm_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count, save):
+def lstm_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     i = sigmoid(load(product, j, count) + load(gates_x, j, count))
     f = sigmoid(load(product, size + j, count) + load(gates_x, size + j, count))
     g = tanh(load(product, 2 * size + j, count) + load(gates_x, 2 * size + j, count))
@@ -170,7 +170,7 @@ def lstm_forward(product, gates_x, bias_hn, hidden, cell, gates, size, j, count,
 
 
 @inline
-def lstm_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, size, j, count):
+def lstm_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, count):
     i = load(gates, j, count)
     f = load(gates, size + j, count)
     g = load(gates, 2 * size + j, count)
@@ -179,10 +179,10 @@ def lstm_backward(gates, hidden_prev, cell_prev, dh, dc, dgates_x, dgates_h, siz
     tanh_c = tanh(f * c_prev + i * g)
     d = load(dh, j, count)
     d_cell = load(dc, j, count) + d * o * (1.0 - tanh_c * tanh_c)
-    store(dgates_x, j, count, d_cell * g * i * (1.0 - i))
-    store(dgates_x, size + j, count, d_cell * c_prev * f * (1.0 - f))
-    store(dgates_x, 2 * size + j, count, d_cell * i * (1.0 - g * g))
-    store(dgates_x, 3 * size + j, count, d * tanh_c * o * (1.0 - o))
+    store(dgates, j, count, d_cell * g * i * (1.0 - i))
+    store(dgates, size + j, count, d_cell * c_prev * f * (1.0 - f))
+    store(dgates, 2 * size + j, count, d_cell * i * (1.0 - g * g))
+    store(dgates, 3 * size + j, count, d * tanh_c * o * (1.0 - o))
     store(dc, j, count, d_cell * f)
 
 

@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llvmlite
 import numba
@@ -25,7 +26,11 @@ import torch
 from numba import cfunc, types
 from numba.core.registry import cpu_target
 
-_SOURCES = ("numba_simd.py", "numba_tile.py", "numba_cells.py", "numba_scan.py", "numba_compile.py")
+from .numba_team import TEAM_SIZE, YIELD
+
+_SOURCES = tuple(
+    f"numba_{name}.py" for name in "simd team tile cells call scan gradients layer compile".split()
+)
 _SIGNATURE = types.void(types.CPointer(types.int64))
 
 _lock = threading.Lock()
@@ -104,7 +109,9 @@ def kernel_address(name: str, build: Callable[[], Callable]) -> int:
                 path = cache_folder() / f"{name}-{_fingerprint()}.bin"
                 address = _load(path)
                 if address is None:
-                    compiled = cfunc(_SIGNATURE, error_model="numpy")(build())
+                    function = build()
+                    function.__qualname__ = f"{function.__qualname__}.{name}"  # see named_jit
+                    compiled = cfunc(_SIGNATURE, error_model="numpy")(function)
                     _libraries.append(compiled._library)
                     _save(path, compiled.native_name, compiled._library)
                     address = compiled.address
@@ -112,20 +119,36 @@ def kernel_address(name: str, build: Callable[[], Callable]) -> int:
     return address
 
 
-def _find_openmp():
-    """``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None (then kernels run on one thread)."""
+class _OpenMP(NamedTuple):
+    """The functions of the OpenMP runtime that torch has loaded, and the address of the one that counts threads."""
+
+    parallel: Callable
+    team_size: int
+
+
+def _find_openmp() -> _OpenMP | None:
+    """None where there is no such runtime: then kernels run on one thread."""
     for library in (None, *sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))):
         try:
-            function = ctypes.CDLL(library).GOMP_parallel
+            runtime = ctypes.CDLL(library)
+            parallel, team_size = runtime.GOMP_parallel, runtime.omp_get_num_threads
         except (OSError, AttributeError):
             continue
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        function.restype = None
-        return function
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        return _OpenMP(parallel, ctypes.cast(team_size, ctypes.c_void_p).value)
     return None
 
 
-_openmp_parallel = _find_openmp()
+def _address_of_yield() -> int:
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return 0
+
+
+_openmp = _find_openmp()
+_yield = _address_of_yield()
 _forked = False
 
 
@@ -145,8 +168,9 @@ if hasattr(os, "register_at_fork"):
 def run(address: int, call: Sequence[int], threads: int) -> None:
     """Run the kernel at ``address`` on the values of ``call`` with up to ``threads`` threads, without the GIL."""
     values = (ctypes.c_int64 * len(call))(*call)
-    if threads > 1 and _openmp_parallel is not None and not _forked:
-        _openmp_parallel(address, ctypes.addressof(values), threads, 0)
+    if threads > 1 and _openmp is not None and not _forked:
+        values[TEAM_SIZE], values[YIELD] = _openmp.team_size, _yield
+        _openmp.parallel(address, ctypes.addressof(values), threads, 0)
     else:
         _KERNEL_TYPE(address)(ctypes.addressof(values))
 

@@ -216,14 +216,95 @@ def lanes(typingctx, pointer):
 
 
 @intrinsic
-def fetch_and_increment(typingctx, pointer, index):
-    """Add one to the int64 at ``pointer[index]``, atomically, and return what stood there before."""
+def store_transposed(typingctx, source, source_stride, rows, columns, target, target_stride):
+    """``target[k * target_stride + n] = source[n * source_stride + k]`` for a square of one vector's length.
+
+    Rows n from ``rows`` on are written as zeros; columns k from ``columns`` on are neither read nor written.
+    """
+    vector = Vector(source.dtype)
+    llvm, lanes = _llvm_type(vector), vector.lanes
+    index = ir.IntType(64)
 
     def codegen(context, builder, sig, args):
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), one, "monotonic")
+        source, source_stride, rows, columns, target, target_stride = args
+        mask = lane_mask(builder, columns, lanes)
+        nothing = ir.Constant(mask.type, None)
+        lines = []
+        for n in range(lanes):
+            wanted = builder.select(builder.icmp_signed("<", index(n), rows), mask, nothing)
+            spot = builder.gep(source, [builder.mul(source_stride, index(n))])
+            lines.append(masked_load(builder, llvm, spot, wanted))
+        # each round swaps one bit of the row number with the same bit of the lane number
+        bit = 1
+        while bit < lanes:
+            numbers = range(lanes)
+            upper = [lanes + (lane ^ bit) if lane & bit else lane for lane in numbers]
+            lower = [lanes + lane if lane & bit else lane ^ bit for lane in numbers]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), order) for order in (upper, lower)]
+            for n in range(lanes):
+                if not n & bit:
+                    pair = lines[n], lines[n | bit]
+                    lines[n], lines[n | bit] = (builder.shuffle_vector(*pair, order) for order in masks)
+            bit *= 2
+        everything = ir.Constant(mask.type, [1] * lanes)
+        for k, line in enumerate(lines):
+            wanted = builder.select(builder.icmp_signed("<", index(k), columns), everything, nothing)
+            masked_store(builder, line, builder.gep(target, [builder.mul(target_stride, index(k))]), wanted)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(source, i64, i64, i64, target, i64), codegen
+
+
+# Threads.
+
+
+@intrinsic
+def atomic_add(typingctx, pointer, index, amount):
+    """Add to the int64 at ``pointer[index]`` and return what stood there; what was written before is seen by who reads.
+
+    Ordered as a lock's release and acquire at once.
+    """
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "acq_rel")
+
+    return types.int64(pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx, pointer, index):
+    """The int64 at ``pointer[index]``, together with all that was written before it was (acquire)."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(builder.gep(args[0], [args[1]]), "acquire", 8)
 
     return types.int64(pointer, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the processor that this is a loop that waits."""
+
+    def codegen(context, builder, sig, args):
+        triple = llvmlite.binding.get_default_triple()
+        if triple.startswith(("x86_64", "i386", "i686")):
+            function_type = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def call_function(typingctx, address):
+    """Call the C function ``int f(void)`` at ``address`` and return its result."""
+
+    def codegen(context, builder, sig, args):
+        function_type = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], function_type.as_pointer()), []), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
 
 
 # Selection. Comparisons are ordered so that NaN takes the branch that keeps it.

@@ -1,0 +1,44 @@
+"""What a call passes to the kernels of a layer: an array of int64 with the fields named here.
+
+Names of arrays stand for their addresses, 0 where absent. Arrays are contiguous; D directions (or groups), S sources of
+the input, B sequences, R rows (time steps of all sequences), I input size, H hidden size, H' state size, G gates.
+"""
+
+from .numba_team import FIRST_FIELD
+
+# The plan: parts (a direction and a range of sequences each), how many threads work on one, and their scratch.
+(PARTS, MEMBERS, PART_TABLE, BLOCK_ROWS, BLOCK_STEPS, SCRATCH, SCRATCH_SIZE, PACKED) = range(
+    FIRST_FIELD, FIRST_FIELD + 8
+)
+
+_next = FIRST_FIELD + 8
+(STEPS, ROWS, BATCH, BATCH_SIZES, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(
+    _next, _next + 10
+)
+
+# X (R, S, I), WEIGHT_IH (D, G*H, I), WEIGHT_HH (D, G*H, H'), WEIGHT_HR (D, H', H), BIAS_IH and BIAS_HH (D, G*H); the
+# same weights in panels; BIAS (D, G*H) and BIAS_HN (D, H), the sums of biases that the time loop adds.
+_next += 10
+(X, WEIGHT_IH, WEIGHT_HH, WEIGHT_HR, BIAS_IH, BIAS_HH) = range(_next, _next + 6)
+_next += 6
+(PANELS_IH, PANELS_HH, PANELS_HR, BIAS, BIAS_HN) = range(_next, _next + 5)
+
+# HIDDEN (D, B, H') and CELL (D, B, H): the state, the initial one at first; HIDDEN_2: like HIDDEN, where several
+# threads share a part. OUTPUT (R, D, H'). GATES (R, D, saved blocks * H), HIDDEN_PREV (R, D, H') and CELL_PREV (R, D,
+# H): the reserve.
+_next += 5
+(HIDDEN, HIDDEN_2, CELL, OUTPUT, GATES, HIDDEN_PREV, CELL_PREV) = range(_next, _next + 7)
+
+# Gradients, each like what it is the gradient of; DGATES like GATES, and maybe the same; D_PROJECTED (R, D, H') and
+# UNPROJECTED (R, D, H): the gradient of every projected hidden state, and the state before its projection. Those of
+# weights and biases have a dimension of EXAMPLES in front.
+_next += 7
+(D_OUTPUT, D_HIDDEN, D_CELL, DGATES, D_PROJECTED, UNPROJECTED) = range(_next, _next + 6)
+_next += 6
+(DX, D_WEIGHT_IH, D_WEIGHT_HH, D_WEIGHT_HR, D_BIAS_IH, D_BIAS_HH) = range(_next, _next + 6)
+
+# One barrier for every part that several threads share, each on a cache line of its own.
+PART_BARRIERS = -(-(_next + 6) // 8) * 8
+
+# One row of the part table: direction, whether it runs backward in time, first batch row, end of batch rows.
+PART_FIELDS = 4

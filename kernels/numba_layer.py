@@ -1,0 +1,516 @@
+"""A whole layer in one call of a kernel, forward or backward: the Numba backend.
+
+The threads of a team first pack the weights together, then take parts (``numba_scan.py``), and in the backward pass
+share out the products over all time steps (``numba_gradients.py``). This file is also the Python side: it plans a
+call, allocates what it writes, and makes the arrays contiguous.
+"""
+
+import functools
+import itertools
+
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from ..reference import CELLS
+from . import numba_call as field
+from . import numba_gradients
+from .numba_cells import BACKWARD, FORWARD
+from .numba_compile import kernel_address, run
+from .numba_scan import LAYOUTS, gate_columns, make_backward_part, make_forward_part, panels_of
+from .numba_simd import VECTOR_BYTES, advance, as_pointer, lanes, load, store
+from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, named_jit, take, team_size, wait_for
+from .numba_tile import WIDE, pack_lines, pack_rows
+
+jit = njit(error_model="numpy")
+
+# Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
+FEW_ROWS = 16
+# Multiply-adds that make another thread worth its start (a few microseconds).
+WORK_PER_THREAD = 100_000
+# Bytes of gates that one block of rows, and one block of time steps, may take: shares of the L2 cache.
+BLOCK_BYTES, PROJECTION_BYTES = 192 << 10, 256 << 10
+
+
+@jit
+def _combine_biases(call, direction, gate_count, zero):
+    """BIAS and BIAS_HN of one direction. The GRU's hidden-side bias of n stays apart: r acts on it."""
+    size = call[field.HIDDEN_SIZE]
+    gate_size = gate_count * size
+    target = advance(as_pointer(call[field.BIAS], zero), direction * gate_size)
+    bias_ih = advance(as_pointer(call[field.BIAS_IH], zero), direction * gate_size)
+    bias_hh = advance(as_pointer(call[field.BIAS_HH], zero), direction * gate_size)
+    there, apart = call[field.BIAS_IH] != 0, call[field.BIAS_HN] != 0
+    both = gate_size - size if apart else gate_size
+    vector = lanes(target)
+    for n in range(0, both, vector):
+        total = load(bias_ih, n, both - n if there else 0) + load(bias_hh, n, both - n if there else 0)
+        store(target, n, both - n, total)
+    if apart:
+        bias_hn = advance(as_pointer(call[field.BIAS_HN], zero), direction * size)
+        for n in range(0, size, vector):
+            count = size - n
+            store(target, both + n, count, load(bias_ih, both + n, count if there else 0))
+            store(bias_hn, n, count, load(bias_hh, both + n, count if there else 0))
+
+
+def _make_forward_packing(layout, jit):
+    gate_count, _, vectors = layout
+    panel_units, vector_stride_of, column_step_of = gate_columns(layout, jit)
+
+    @jit
+    def gate_panel(weight, depth, size, panel, panels):
+        """Panel number ``panel`` of a weight (G*H, depth)."""
+        vector = lanes(weight)
+        unit = panel * panel_units(vector)
+        pack_rows(
+            *(advance(weight, unit * depth), depth, vectors, vector_stride_of(size, vector)),
+            *(size - unit, column_step_of(vector), advance(panels, panel * depth * vectors * vector)),
+        )
+
+    @jit
+    def packing(call, zero):
+        """Pack every direction's weights and add up its biases, shared out among the threads."""
+        size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
+        gate_size, directions = gate_count * size, call[field.DIRECTIONS]
+        weight_ih, panels_ih = as_pointer(call[field.WEIGHT_IH], zero), as_pointer(call[field.PANELS_IH], zero)
+        weight_hh, panels_hh = as_pointer(call[field.WEIGHT_HH], zero), as_pointer(call[field.PANELS_HH], zero)
+        weight_hr, panels_hr = as_pointer(call[field.WEIGHT_HR], zero), as_pointer(call[field.PANELS_HR], zero)
+        vector = lanes(weight_hh)
+        wide = WIDE * vector
+        gate_panels = projection_panels = types.int64(0)
+        if call[field.PACKED] != 0:
+            gate_panels = panels_of(size, panel_units(vector))
+            if call[field.WEIGHT_HR] != 0:
+                projection_panels = panels_of(state_size, wide)
+        width = gate_panels * vectors * vector
+        per_direction = 2 * gate_panels + projection_panels + 1
+        while True:
+            item = take(call, PACKING)
+            if item >= directions * per_direction:
+                break
+            direction, item = item // per_direction, item % per_direction
+            if item < gate_panels:
+                gate_panel(
+                    *(advance(weight_ih, direction * gate_size * input_size), input_size, size, item),
+                    advance(panels_ih, direction * width * input_size),
+                )
+            elif item < 2 * gate_panels:
+                gate_panel(
+                    *(advance(weight_hh, direction * gate_size * state_size), state_size, size, item - gate_panels),
+                    advance(panels_hh, direction * width * state_size),
+                )
+            elif item < 2 * gate_panels + projection_panels:
+                panel = item - 2 * gate_panels
+                pack_rows(
+                    advance(weight_hr, (direction * state_size + panel * wide) * size),
+                    *(size, WIDE, vector, state_size - panel * wide, vector),
+                    advance(panels_hr, (direction * projection_panels + panel) * wide * size),
+                )
+            else:
+                _combine_biases(call, direction, gate_count, zero)
+
+    return packing
+
+
+def _make_backward_packing(layout, jit):
+    gate_count = layout.gates
+
+    @jit
+    def line_panels(weight, depth, columns, panels, item):
+        """One panel of neighbouring columns of D weights (depth, columns); items count panels, then directions."""
+        wide = WIDE * lanes(weight)
+        panel, direction = item % panels_of(columns, wide), item // panels_of(columns, wide)
+        pack_lines(
+            *(advance(weight, direction * depth * columns + panel * wide), columns, depth, WIDE),
+            *(columns - panel * wide, advance(panels, item * depth * wide)),
+        )
+
+    @jit
+    def packing(call, zero):
+        """Pack the weights of the products with the gates' gradients, shared out among the threads."""
+        size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
+        gate_size, directions = gate_count * size, call[field.DIRECTIONS]
+        wide = WIDE * lanes(as_pointer(call[field.WEIGHT_HH], zero))
+        if call[field.PACKED] == 0:
+            return
+        items_hh = directions * panels_of(state_size, wide)
+        items_ih = directions * panels_of(input_size, wide) if call[field.DX] != 0 else types.int64(0)
+        items_hr = directions * panels_of(size, wide) if call[field.WEIGHT_HR] != 0 else types.int64(0)
+        while True:
+            item = take(call, PACKING)
+            if item < items_hh:
+                weight, panels = as_pointer(call[field.WEIGHT_HH], zero), as_pointer(call[field.PANELS_HH], zero)
+                line_panels(weight, gate_size, state_size, panels, item)
+                continue
+            item -= items_hh
+            if item < items_ih:
+                weight, panels = as_pointer(call[field.WEIGHT_IH], zero), as_pointer(call[field.PANELS_IH], zero)
+                line_panels(weight, gate_size, input_size, panels, item)
+                continue
+            item -= items_ih
+            if item >= items_hr:
+                break
+            weight, panels = as_pointer(call[field.WEIGHT_HR], zero), as_pointer(call[field.PANELS_HR], zero)
+            line_panels(weight, state_size, size, panels, item)
+
+    return packing
+
+
+def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
+    """The function to compile for one cell, pass and dtype: what every thread of a team runs."""
+    zero = types.float32(0) if dtype == torch.float32 else types.float64(0)
+    layout, jit = LAYOUTS[cell], named_jit(name)
+    if backward:
+        packing, run_part = _make_backward_packing(layout, jit), make_backward_part(layout, BACKWARD[cell], jit)
+        products = numba_gradients.make_products(layout, jit)
+    else:
+        packing, run_part = _make_forward_packing(layout, jit), make_forward_part(layout, FORWARD[cell], jit)
+
+    @jit
+    def parts(call, thread, team):
+        count, members = call[field.PARTS], call[field.MEMBERS]
+        if members > 1 and count * members <= team:
+            if thread < count * members:
+                run_part(call, thread // members, thread % members, members, zero)
+            return
+        while True:
+            part = take(call, PARTS_TAKEN)
+            if part >= count:
+                break
+            run_part(call, part, types.int64(0), types.int64(1), zero)
+
+    def forward_kernel(call):
+        thread, team = take(call, TICKET), team_size(call)
+        packing(call, zero)
+        if team > 1:
+            wait_for(call, BARRIER, team)
+        parts(call, thread, team)
+
+    def backward_kernel(call):
+        thread, team = take(call, TICKET), team_size(call)
+        packing(call, zero)
+        if team > 1:
+            wait_for(call, BARRIER, team)
+        parts(call, thread, team)
+        if team > 1:
+            wait_for(call, BARRIER, 2 * team)
+        products(call, thread, team, zero)
+
+    return backward_kernel if backward else forward_kernel
+
+
+def _kernel(cell: str, backward: bool, dtype: torch.dtype) -> int:
+    name = f"{cell}_{'backward' if backward else 'forward'}_{str(dtype).removeprefix('torch.')}"
+    return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))
+
+
+# What the plan assumes of a core, per nanosecond: multiply-adds (of 4 bytes), bytes of weights from the L2 cache and
+# from beyond it; and in nanoseconds: a hidden unit's activation functions, and a wait for other threads.
+MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE = 50.0, 100.0, 60.0, 512 << 10
+UNIT_NS, WAIT_NS = 1.0, 500.0
+
+
+def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: int, panels: int) -> float:
+    """About how long one time step of a part takes each of its ``members`` threads."""
+    share = -(-panels // members) / panels
+    size = weights * itemsize * share
+    computing = weights * share * sequences / (MULTIPLY_ADDS * 4 / itemsize)
+    reading = size / (L2_BYTES if size <= L2_SIZE else FAR_BYTES)
+    return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
+
+
+def _plan(threads, batch, batch_sizes, reverse, weights, units, itemsize, shareable):
+    """Parts as rows of the part table, and how many threads share each, for the shortest time step."""
+    directions = len(reverse)
+    panels = max(1, units * itemsize // (WIDE * VECTOR_BYTES))
+    best = None
+    for chunks in range(1, min(batch, -(-threads // directions)) + 1):
+        members = min(threads // (directions * chunks), panels) if shareable else 1
+        members = max(1, members)
+        turns = -(-directions * chunks // threads)
+        time = turns * _step_ns(-(-batch // chunks), weights, units, itemsize, members, panels)
+        if best is None or time <= best[0]:
+            best = time, chunks, members
+    _, chunks, members = best
+    bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
+    if batch_sizes is not None and chunks > 1:
+        # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
+        ended = torch.bincount(batch_sizes, minlength=batch + 1)[:batch].cumsum(0)
+        work = (len(batch_sizes) - ended).cumsum(0)
+        shares = work[-1] * torch.arange(1, chunks) / chunks
+        bounds = [0, *(torch.searchsorted(work, shares) + 1).tolist(), batch]
+    parts = [
+        (direction, backwards, first, end)
+        for first, end in itertools.pairwise(bounds)
+        for direction, backwards in enumerate(reverse)
+        if end > first
+    ]
+    return parts, members
+
+
+class _Arena:
+    """Scratch for one call, in one allocation: regions are asked for first, then given addresses."""
+
+    def __init__(self, itemsize: int):
+        self.itemsize = itemsize
+        self.regions: list[tuple[int, int]] = []
+        self.size = 0
+
+    def add(self, place: int, values: int) -> None:
+        """Room for so many values, whose address goes to field ``place``."""
+        self.regions.append((place, self.size))
+        self.size += -(-values * self.itemsize // 64) * 64 // self.itemsize
+
+    def allocate(self, call: list[int], like: Tensor) -> Tensor:
+        memory = like.new_empty(self.size)
+        address = memory.data_ptr()
+        for place, offset in self.regions:
+            call[place] = address + offset * self.itemsize
+        return memory
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _panels(columns: int, width: int) -> int:
+    """Values of one line of panels of ``width`` columns."""
+    return -(-columns // width) * width
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def can_run(call) -> str | None:
+    """Why this backend cannot run ``call``, or None if it can."""
+    if call.device != "cpu":
+        return f"it runs on the CPU, the input is on {call.device}"
+    if call.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"it computes in floating point, the input is {call.dtype}"
+    return None
+
+
+class _Call:
+    """One call to be: its values, and what must live as long as it runs."""
+
+    def __init__(self, cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, passes):
+        """``passes``: how many products of the size of the forward pass the call makes in all."""
+        self.cell, self.dtype = cell, x.dtype
+        self.layout = LAYOUTS[cell]
+        rows, sources, input_size = x.shape
+        directions, gate_size, state_size = weight_hh.shape
+        size = gate_size // self.layout.gates
+        if batch_sizes is not None:
+            batch_sizes = batch_sizes.contiguous()
+            if int(batch_sizes[-1]) == batch:
+                batch_sizes = None  # all sequences are as long
+        steps = rows // batch if batch_sizes is None else len(batch_sizes)
+        itemsize = x.element_size()
+        work = passes * rows * directions * gate_size * (state_size + input_size)
+        threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
+        parts, members = [(0, reverse[0], 0, batch)], 1
+        if threads > 1 or directions > 1:
+            shareable = batch_sizes is None and weight_hr is None
+            parts, members = _plan(
+                *(threads, batch, batch_sizes, reverse, gate_size * state_size, size, itemsize, shareable)
+            )
+        self.threads = min(threads, max(len(parts) * members, threads if passes > 1 else 1))
+        self.regions = max(len(parts), self.threads)
+        self.table = torch.tensor(parts, dtype=torch.int64)
+        self.part_rows = max(end - first for _, _, first, end in parts)
+        block_rows = max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6))
+        self.block_rows = min(block_rows, self.part_rows)
+        self.steps, self.sizes = steps, (directions, input_size, size, state_size, gate_size)
+        self.arena, self.keep = _Arena(itemsize), [batch_sizes]
+        self.members, self.parts = members, len(parts)
+
+        self.values = values = [0] * (field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0))
+        values[field.PARTS], values[field.MEMBERS] = len(parts), members
+        values[field.PART_TABLE] = self.table.data_ptr()
+        values[field.BLOCK_ROWS] = self.block_rows
+        values[field.BLOCK_STEPS] = steps
+        values[field.PACKED] = rows > FEW_ROWS
+        values[field.STEPS], values[field.ROWS], values[field.BATCH] = steps, rows, batch
+        values[field.BATCH_SIZES] = _address(batch_sizes)
+        values[field.DIRECTIONS], values[field.SOURCES] = directions, sources
+        values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = input_size, size, state_size
+        self.set({field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr})
+
+    def set(self, arrays: dict[int, Tensor | None]) -> None:
+        """Put the arrays' addresses into the call."""
+        for place, tensor in arrays.items():
+            if tensor is not None:
+                self.values[place] = tensor.data_ptr()
+                self.keep.append(tensor)
+
+    def run(self, backward: bool) -> None:
+        like = self.keep[1]
+        memory = self.arena.allocate(self.values, like)
+        run(_kernel(self.cell, backward, self.dtype), self.values, self.threads)
+        del memory
+
+
+def layer_forward(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: list[int],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    dtype = x.dtype
+    compute = _compute_dtype(dtype)
+
+    def prepare(tensor):
+        return None if tensor is None else tensor.to(compute).contiguous()
+
+    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = map(
+        prepare, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    )
+    rows = x.shape[0]
+    batch, state_size = h0.shape[1:]
+    hidden = h0.to(compute, copy=True, memory_format=torch.contiguous_format)
+    cell_state = None if c0 is None else c0.to(compute, copy=True, memory_format=torch.contiguous_format)
+    directions, size = weight_hh.shape[0], weight_hh.shape[1] // LAYOUTS[cell].gates
+    output = x.new_empty(rows, directions * state_size)
+    gates = hidden_prev = cell_prev = None
+    if save:
+        gates = x.new_empty(rows, directions, LAYOUTS[cell].saved * size)
+        hidden_prev = x.new_empty(rows, directions, state_size)
+        cell_prev = None if c0 is None else x.new_empty(rows, directions, size)
+    if rows:
+        call = _Call(cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, 1)
+        call.set(
+            {
+                **{field.BIAS_IH: bias_ih, field.BIAS_HH: bias_hh},
+                **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
+                **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
+            }
+        )
+        _plan_forward_memory(call, save, hidden)
+        call.run(backward=False)
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
+    return tuple(None if result is None else result.to(dtype) for result in results)
+
+
+def _plan_forward_memory(call: _Call, save: bool, hidden: Tensor) -> None:
+    directions, input_size, size, state_size, gate_size = call.sizes
+    arena, values, itemsize = call.arena, call.values, call.arena.itemsize
+    lanes = VECTOR_BYTES // itemsize
+    step_values = call.part_rows * gate_size
+    block_steps = max(1, min(call.steps, PROJECTION_BYTES // (step_values * itemsize)))
+    values[field.BLOCK_STEPS] = block_steps
+    scratch = call.block_rows * (gate_size + size) + (0 if save else block_steps * step_values)
+    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
+    arena.add(field.SCRATCH, scratch * call.regions)
+    arena.add(field.BIAS, directions * gate_size)
+    if call.cell == "gru":
+        arena.add(field.BIAS_HN, directions * size)
+    if values[field.PACKED]:
+        vectors = call.layout.vectors
+        units = lanes if call.layout.gates > 1 else vectors * lanes
+        line = -(-size // units) * vectors * lanes
+        arena.add(field.PANELS_IH, directions * line * input_size)
+        arena.add(field.PANELS_HH, directions * line * state_size)
+        if values[field.WEIGHT_HR]:
+            arena.add(field.PANELS_HR, directions * _panels(state_size, WIDE * lanes) * size)
+    if call.members > 1:
+        call.set({field.HIDDEN_2: hidden.clone()})
+
+
+def layer_backward(
+    cell: str,
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    gates: Tensor,
+    hidden_prev: Tensor,
+    cell_prev: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    batch: int,
+    batch_sizes: Tensor | None,
+    reverse: list[int],
+    examples: int,
+    needs: list[bool],
+    overwrite: bool,
+) -> tuple[Tensor | None, ...]:
+    """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    dtype = x.dtype
+    compute = _compute_dtype(dtype)
+
+    def prepare(tensor):
+        return None if tensor is None else tensor.to(compute).contiguous()
+
+    saved = gates
+    x, weight_ih, weight_hh, weight_hr = map(prepare, (x, weight_ih, weight_hh, weight_hr))
+    gates, hidden_prev, cell_prev, d_output = map(prepare, (gates, hidden_prev, cell_prev, d_output))
+    rows, sources, input_size = x.shape
+    directions, gate_size, state_size = weight_hh.shape
+    size = gate_size // LAYOUTS[cell].gates
+
+    def state_gradient(tensor, columns):
+        if tensor is None:
+            return x.new_zeros(directions, batch, columns)
+        return tensor.to(compute, copy=True, memory_format=torch.contiguous_format)
+
+    needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr = needs
+    new = x.new_empty if rows else x.new_zeros
+    d_hidden = state_gradient(d_h_n, state_size)
+    d_cell = None if cell_prev is None else state_gradient(d_c_n, size)
+    dx = new(rows, sources, input_size) if needs_x else None
+    d_weight_ih = new(examples, directions, gate_size, input_size) if needs_weight_ih else None
+    d_bias_ih = new(examples, directions, gate_size) if needs_bias_ih else None
+    d_weight_hh = new(examples, directions, gate_size, state_size) if needs_weight_hh else None
+    d_bias_hh = new(examples, directions, gate_size) if needs_bias_hh else None
+    d_weight_hr = new(examples, directions, state_size, size) if needs_weight_hr else None
+    if rows:
+        unprojected = None
+        if needs_weight_hr:
+            i, f, g, o = gates.chunk(4, -1)
+            unprojected = o * torch.tanh(f * cell_prev + i * g)
+        # a reserve that was converted is a copy already
+        dgates = gates if overwrite or gates is not saved else torch.empty_like(gates)
+        d_projected = None if weight_hr is None else x.new_empty(rows, directions, state_size)
+        call = _Call(cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, 2)
+        call.values[field.EXAMPLES] = examples
+        call.set(
+            {
+                **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
+                **{field.D_OUTPUT: d_output, field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
+                **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
+                **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
+                **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
+            }
+        )
+        _plan_backward_memory(call)
+        call.run(backward=True)
+    results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
+    return tuple(None if result is None else result.to(dtype) for result in results)
+
+
+def _plan_backward_memory(call: _Call) -> None:
+    directions, input_size, size, state_size, gate_size = call.sizes
+    arena, values, itemsize = call.arena, call.values, call.arena.itemsize
+    lanes = VECTOR_BYTES // itemsize
+    scratch = max(numba_gradients.scratch_size(lanes), call.block_rows * size if values[field.WEIGHT_HR] else 0)
+    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
+    arena.add(field.SCRATCH, scratch * call.regions)
+    if values[field.PACKED]:
+        wide = WIDE * lanes
+        arena.add(field.PANELS_HH, directions * gate_size * _panels(state_size, wide))
+        if values[field.DX]:
+            arena.add(field.PANELS_IH, directions * gate_size * _panels(input_size, wide))
+        if values[field.WEIGHT_HR]:
+            arena.add(field.PANELS_HR, directions * state_size * _panels(size, wide))
