@@ -64,10 +64,10 @@ def _expect_packing(batch_sizes: Tensor | None, rows: int, batch: int) -> None:
         raise RuntimeError(f"fastrnn: {expected}")
 
 
-@torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
-def _layer_forward(
+def layer_forward_on(
     backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
 ):
+    """What ``layer_forward`` does, past torch's dispatcher."""
     rows, sources, input_size = x.shape
     groups, gate_size, state_size = weight_hh.shape
     size = gate_size // CELLS[cell].gates
@@ -85,6 +85,9 @@ def _layer_forward(
         cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
     )
     return _fill(results, x)
+
+
+torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")(layer_forward_on)
 
 
 def layer_backward_on(
@@ -107,7 +110,7 @@ def layer_backward_on(
     needs,
     overwrite=False,
 ):
-    """The operator ``layer_backward``; with ``overwrite`` it may use the memory of ``gates`` for their gradients."""
+    """What ``layer_backward`` does, past torch's dispatcher; with ``overwrite`` it may use the memory of ``gates`` for their gradients."""
     rows, sources, input_size = x.shape
     groups, gate_size, state_size = weight_hh.shape
     size = gate_size // CELLS[cell].gates

@@ -6,7 +6,8 @@ the input, B sequences, R rows (time steps of all sequences), I input size, H hi
 
 from .numba_team import FIRST_FIELD
 
-# The plan: parts (a direction and a range of sequences each), how many threads work on one, and their scratch.
+# The plan: parts (a direction and a range of sequences each), how many threads work on one, and their scratch. The
+# part table stands in the call itself, behind the barriers.
 (PARTS, MEMBERS, PART_TABLE, BLOCK_ROWS, BLOCK_STEPS, SCRATCH, SCRATCH_SIZE, PACKED) = range(
     FIRST_FIELD, FIRST_FIELD + 8
 )

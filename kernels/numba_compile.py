@@ -12,7 +12,9 @@ import ctypes
 import functools
 import hashlib
 import marshal
+import mmap
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -149,6 +151,29 @@ def _address_of_yield() -> int:
 
 _openmp = _find_openmp()
 _yield = _address_of_yield()
+_MADV_HUGEPAGE = 14
+# From here on memory is worth a request to the system for large pages.
+LARGE = 4 << 20
+
+
+@functools.cache
+def _find_madvise():
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def use_large_pages(tensor: torch.Tensor) -> None:
+    """Ask Linux to back a large new tensor with large pages: on first use each page costs more than its arithmetic."""
+    size = tensor.numel() * tensor.element_size()
+    if size < LARGE or sys.platform != "linux" or (advise := _find_madvise()) is None:
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    advise(start, (tensor.data_ptr() + size - start) // page * page, _MADV_HUGEPAGE)
 _forked = False
 
 
@@ -167,12 +192,17 @@ if hasattr(os, "register_at_fork"):
 
 def run(address: int, call: Sequence[int], threads: int) -> None:
     """Run the kernel at ``address`` on the values of ``call`` with up to ``threads`` threads, without the GIL."""
-    values = (ctypes.c_int64 * len(call))(*call)
+    values = _array_type(len(call))(*call)
     if threads > 1 and _openmp is not None and not _forked:
         values[TEAM_SIZE], values[YIELD] = _openmp.team_size, _yield
         _openmp.parallel(address, ctypes.addressof(values), threads, 0)
     else:
-        _KERNEL_TYPE(address)(ctypes.addressof(values))
+        _function(address)(ctypes.addressof(values))
 
 
-_KERNEL_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_function = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
+
+
+@functools.cache
+def _array_type(length: int):
+    return ctypes.c_int64 * length

@@ -7,6 +7,7 @@ call, allocates what it writes, and makes the arrays contiguous.
 
 import functools
 import itertools
+import threading
 
 import torch
 from numba import njit, types
@@ -16,7 +17,7 @@ from ..reference import CELLS
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
-from .numba_compile import kernel_address, run
+from .numba_compile import kernel_address, run, use_large_pages
 from .numba_scan import LAYOUTS, gate_columns, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, lanes, load, store
 from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, named_jit, take, team_size, wait_for
@@ -249,6 +250,17 @@ def _plan(threads, batch, batch_sizes, reverse, weights, units, itemsize, sharea
     return parts, members
 
 
+class _Kept(threading.local):
+    """Scratch of the last call of this thread, for the next one: fresh memory costs more than packing weights into it."""
+
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+# More than this goes back to the system after every call.
+KEPT_BYTES = 64 << 20
+
+
 class _Arena:
     """Scratch for one call, in one allocation: regions are asked for first, then given addresses."""
 
@@ -262,12 +274,39 @@ class _Arena:
         self.regions.append((place, self.size))
         self.size += -(-values * self.itemsize // 64) * 64 // self.itemsize
 
-    def allocate(self, call: list[int], like: Tensor) -> Tensor:
-        memory = like.new_empty(self.size)
+    def allocate(self, call: list[int]) -> Tensor:
+        """Memory for all regions, their addresses put into ``call``; to be handed to ``release`` after the call."""
+        size = self.size * self.itemsize
+        # taken, not looked at: what the interpreter runs in between must not use the same memory
+        memory, _kept.memory = _kept.memory, None
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+            use_large_pages(memory)
         address = memory.data_ptr()
         for place, offset in self.regions:
             call[place] = address + offset * self.itemsize
         return memory
+
+    def release(self, memory: Tensor) -> None:
+        if memory.numel() <= KEPT_BYTES:
+            _kept.memory = memory
+
+
+def _prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor as kernels take it: itself where it is that already."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _converted(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    if all(result is None or result.dtype is dtype for result in results):
+        return results
+    return tuple(None if result is None else result.to(dtype) for result in results)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -318,7 +357,6 @@ class _Call:
             )
         self.threads = min(threads, max(len(parts) * members, threads if passes > 1 else 1))
         self.regions = max(len(parts), self.threads)
-        self.table = torch.tensor(parts, dtype=torch.int64)
         self.part_rows = max(end - first for _, _, first, end in parts)
         block_rows = max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6))
         self.block_rows = min(block_rows, self.part_rows)
@@ -326,9 +364,10 @@ class _Call:
         self.arena, self.keep = _Arena(itemsize), [batch_sizes]
         self.members, self.parts = members, len(parts)
 
-        self.values = values = [0] * (field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0))
-        values[field.PARTS], values[field.MEMBERS] = len(parts), members
-        values[field.PART_TABLE] = self.table.data_ptr()
+        table = field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0)
+        self.values = values = [0] * table
+        values.extend(itertools.chain.from_iterable(parts))
+        values[field.PARTS], values[field.MEMBERS], values[field.PART_TABLE] = len(parts), members, table
         values[field.BLOCK_ROWS] = self.block_rows
         values[field.BLOCK_STEPS] = steps
         values[field.PACKED] = rows > FEW_ROWS
@@ -346,10 +385,9 @@ class _Call:
                 self.keep.append(tensor)
 
     def run(self, backward: bool) -> None:
-        like = self.keep[1]
-        memory = self.arena.allocate(self.values, like)
+        memory = self.arena.allocate(self.values)
         run(_kernel(self.cell, backward, self.dtype), self.values, self.threads)
-        del memory
+        self.arena.release(memory)
 
 
 def layer_forward(
@@ -370,21 +408,19 @@ def layer_forward(
     dtype = x.dtype
     compute = _compute_dtype(dtype)
 
-    def prepare(tensor):
-        return None if tensor is None else tensor.to(compute).contiguous()
-
-    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = map(
-        prepare, (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = (
+        _prepared(tensor, compute) for tensor in (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
     )
     rows = x.shape[0]
     batch, state_size = h0.shape[1:]
-    hidden = h0.to(compute, copy=True, memory_format=torch.contiguous_format)
-    cell_state = None if c0 is None else c0.to(compute, copy=True, memory_format=torch.contiguous_format)
+    hidden = _copied(h0, compute)
+    cell_state = None if c0 is None else _copied(c0, compute)
     directions, size = weight_hh.shape[0], weight_hh.shape[1] // LAYOUTS[cell].gates
     output = x.new_empty(rows, directions * state_size)
     gates = hidden_prev = cell_prev = None
     if save:
         gates = x.new_empty(rows, directions, LAYOUTS[cell].saved * size)
+        use_large_pages(gates)
         hidden_prev = x.new_empty(rows, directions, state_size)
         cell_prev = None if c0 is None else x.new_empty(rows, directions, size)
     if rows:
@@ -399,7 +435,7 @@ def layer_forward(
         _plan_forward_memory(call, save, hidden)
         call.run(backward=False)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
-    return tuple(None if result is None else result.to(dtype) for result in results)
+    return _converted(results, dtype)
 
 
 def _plan_forward_memory(call: _Call, save: bool, hidden: Tensor) -> None:
@@ -450,12 +486,11 @@ def layer_backward(
     dtype = x.dtype
     compute = _compute_dtype(dtype)
 
-    def prepare(tensor):
-        return None if tensor is None else tensor.to(compute).contiguous()
-
     saved = gates
-    x, weight_ih, weight_hh, weight_hr = map(prepare, (x, weight_ih, weight_hh, weight_hr))
-    gates, hidden_prev, cell_prev, d_output = map(prepare, (gates, hidden_prev, cell_prev, d_output))
+    x, weight_ih, weight_hh, weight_hr, gates, hidden_prev, cell_prev, d_output = (
+        _prepared(tensor, compute)
+        for tensor in (x, weight_ih, weight_hh, weight_hr, gates, hidden_prev, cell_prev, d_output)
+    )
     rows, sources, input_size = x.shape
     directions, gate_size, state_size = weight_hh.shape
     size = gate_size // LAYOUTS[cell].gates
@@ -463,7 +498,7 @@ def layer_backward(
     def state_gradient(tensor, columns):
         if tensor is None:
             return x.new_zeros(directions, batch, columns)
-        return tensor.to(compute, copy=True, memory_format=torch.contiguous_format)
+        return _copied(tensor, compute)
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr = needs
     new = x.new_empty if rows else x.new_zeros
@@ -497,7 +532,7 @@ def layer_backward(
         _plan_backward_memory(call)
         call.run(backward=True)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
-    return tuple(None if result is None else result.to(dtype) for result in results)
+    return _converted(results, dtype)
 
 
 def _plan_backward_memory(call: _Call) -> None:

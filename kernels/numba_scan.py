@@ -64,8 +64,8 @@ def panels_of(columns, width):
 @jit
 def part_of(call, part):
     """Direction, whether time runs backward, first and end row of the batch."""
-    table = advance(as_pointer(call[field.PART_TABLE], types.int64(0)), part * field.PART_FIELDS)
-    return table[0], table[1] != 0, table[2], table[3]
+    row = call[field.PART_TABLE] + part * field.PART_FIELDS
+    return call[row], call[row + 1] != 0, call[row + 2], call[row + 3]
 
 
 class Layout(NamedTuple):
