@@ -4,6 +4,7 @@ from .convert import convert
 from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .stream import Stream
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "LSTMCell",
     "LayerExplanation",
     "RNNCell",
+    "Stream",
     "backends",
     "convert",
     "explain",

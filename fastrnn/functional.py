@@ -40,7 +40,7 @@ class _Config(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The tensors of a layer, in the order of ``layer``'s arguments."""
+    """The tensors of a layer, in the order of ``layer``'s arguments; x and the weights may lack their dimension D."""
 
     x: Tensor
     weight_ih: Tensor
@@ -50,6 +50,14 @@ class _Inputs(NamedTuple):
     weight_hr: Tensor | None
     h0: Tensor
     c0: Tensor | None
+
+
+def _grouped(inputs: _Inputs) -> _Inputs:
+    """The inputs with their dimension of groups. A single layer comes without: views would cost more than small kernels."""
+    if inputs.x.dim() == 3:
+        return inputs
+    weights = (None if weight is None else weight.unsqueeze(0) for weight in inputs[1:6])
+    return _Inputs(inputs.x.unsqueeze(1), *weights, inputs.h0, inputs.c0)
 
 
 def _is_plain(tensors) -> bool:
@@ -96,7 +104,7 @@ class Scan(Function):
 
     @staticmethod
     def forward(ctx, config, batch_sizes, *inputs):
-        results = _scan(config, batch_sizes, _Inputs(*inputs), save=True)
+        results = _scan(config, batch_sizes, _grouped(_Inputs(*inputs)), save=True)
         Scan.keep(ctx, (config, batch_sizes, *inputs), results)
         return results
 
@@ -129,14 +137,20 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     if not CELLS[config.cell].has_cell_state:
         cell_prev = None
     arguments = (d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev)
+    grouped = inputs[0].dim() == 3
+    inputs = _grouped(_Inputs(*inputs))
     if torch._C._are_functorch_transforms_active():
         gradients = ScanBackwardTransformed.apply(config, batch_sizes, *arguments, *inputs)
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, *arguments, *inputs)
     else:
-        overwrite = _is_last_use(gates)
-        gradients = _scan_backward(config, batch_sizes, *arguments, _Inputs(*inputs), overwrite)
-    return _of_the_only_example(gradients)
+        gradients = _scan_backward(config, batch_sizes, *arguments, inputs, _is_last_use(gates))
+    gradients = _of_the_only_example(gradients)
+    if grouped:
+        return gradients
+    dx, *weights = gradients[:6]
+    weights = (None if weight is None else weight[0] for weight in weights)
+    return [None if dx is None else dx.squeeze(1), *weights, *gradients[6:]]
 
 
 def _of_the_only_example(gradients):
@@ -403,7 +417,8 @@ def layer(
     Args:
         backend: a name from ``fastrnn.backends()`` other than "torch".
         cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
-        x: (rows, 1, I), the rows of a dense (T * B) or packed input; see ``fastrnn.ops``.
+        x: (rows, 1, I), the rows of a dense (T * B) or packed input; see ``fastrnn.ops``. With one group x may be
+            (rows, I); then all weights and biases come without their first dimension too.
         weight_ih, bias_ih: (D, G*H, I) and (D, G*H), gates in torch's order.
         weight_hh, bias_hh: (D, G*H, H') and (D, G*H), H' = proj_size or H. Both biases or none.
         weight_hr: (D, H', H), the LSTM's projection, or None.
@@ -415,15 +430,15 @@ def layer(
     Returns:
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
     """
-    inputs = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    inputs = _Inputs(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
     transformed = torch._C._are_functorch_transforms_active()
     # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
     if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
-        results = reference.layer(cell, *inputs, batch_sizes, reverse)
+        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse)
         return results if results[2] is not None else results[:2]
     config = _Config(backend, cell, tuple(reverse))
     if transformed:
-        results = ScanTransformed.apply(config, batch_sizes, *inputs)
+        results = ScanTransformed.apply(config, batch_sizes, *_grouped(inputs))
     elif (
         torch.is_grad_enabled()
         # a Function cannot be part of a torch.jit.trace, an operator can
@@ -432,5 +447,5 @@ def layer(
     ):
         results = Scan.apply(config, batch_sizes, *inputs)
     else:
-        results = _scan(config, batch_sizes, _Inputs(*inputs), save=False)
+        results = _scan(config, batch_sizes, _grouped(inputs), save=False)
     return results[:3] if CELLS[cell].has_cell_state else results[:2]

@@ -132,6 +132,10 @@ class _Layer(nn.RNNBase):
             for names in self._all_weights
         ]
 
+    def _groups(self) -> list[list[Tensor | None]]:
+        """Per layer and direction: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, None where absent."""
+        return [_by_role(group, self.bias) for group in self._weights()]
+
     def _is_ordinary(self, input: Tensor, state, weights, batch: int, unbatched: bool) -> bool:
         """Whether shapes, dtypes and devices are what they should be. Everything else is left to torch.nn."""
         if input.shape[-1] != self.input_size or input.numel() == 0:
@@ -233,15 +237,19 @@ class _Layer(nn.RNNBase):
                 initial = state
             else:
                 initial = [part[first : first + directions] for part in state]
-            groups = [_by_role(group, self.bias, dtype) for group in weights[first : first + directions]]
+            groups = [
+                [_cast(weight, dtype) for weight in _by_role(group, self.bias)]
+                for group in weights[first : first + directions]
+            ]
             if directions == 1:
-                merged = [None if weight is None else weight.unsqueeze(0) for weight in groups[0]]
+                merged = groups[0]
             else:
+                rows = rows.unsqueeze(1)
                 merged = [None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)]
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
-                *(backend, cell, rows.unsqueeze(1), weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
+                *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
                 *(h0, c0, batch_sizes, reverse),
             )
             finals.append(final)
@@ -253,9 +261,8 @@ class _Layer(nn.RNNBase):
         return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
 
-def _by_role(group: list[Tensor], bias: bool, dtype: torch.dtype) -> list[Tensor | None]:
-    """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one direction, None where absent, in ``dtype``."""
-    group = [_cast(weight, dtype) for weight in group]
+def _by_role(group: list[Tensor], bias: bool) -> list[Tensor | None]:
+    """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one direction, None where absent."""
     weight_ih, weight_hh, *rest = group
     bias_ih, bias_hh = (rest.pop(0), rest.pop(0)) if bias else (None, None)
     return [weight_ih, weight_hh, bias_ih, bias_hh, rest[0] if rest else None]
@@ -430,12 +437,10 @@ class _Cell(RNNCellBase):
         else:
             # (H,) to (1, 1, H), (B, H) to (1, B, H)
             state = [_cast(part[None, None] if unbatched else part[None], dtype) for part in state]
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            None if weight is None else _cast(weight, dtype).unsqueeze(0) for weight in weights
-        )
+        weight_ih, weight_hh, bias_ih, bias_hh = (_cast(weight, dtype) for weight in weights)
         rows = _cast(input, dtype)
         _, *final = _run_layer(
-            *(backend, self._mode(), rows[None, None] if unbatched else rows.unsqueeze(1)),
+            *(backend, self._mode(), rows[None] if unbatched else rows),
             *(weight_ih, bias_ih, weight_hh, bias_hh, None),
             *(state[0], state[1] if self._is_lstm else None, None, [0]),
         )

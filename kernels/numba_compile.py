@@ -192,12 +192,21 @@ if hasattr(os, "register_at_fork"):
 
 def run(address: int, call: Sequence[int], threads: int) -> None:
     """Run the kernel at ``address`` on the values of ``call`` with up to ``threads`` threads, without the GIL."""
+    start, _values = prepare_run(address, call, threads)
+    start()
+
+
+def prepare_run(address: int, call: Sequence[int], threads: int) -> tuple[Callable[[], None], ctypes.Array]:
+    """A function that does what ``run`` does, and the values that it passes.
+
+    The values must be kept as long as the function is used, and may be changed between two runs.
+    """
     values = _array_type(len(call))(*call)
+    pointer = ctypes.addressof(values)
     if threads > 1 and _openmp is not None and not _forked:
         values[TEAM_SIZE], values[YIELD] = _openmp.team_size, _yield
-        _openmp.parallel(address, ctypes.addressof(values), threads, 0)
-    else:
-        _function(address)(ctypes.addressof(values))
+        return functools.partial(_openmp.parallel, address, pointer, threads, 0), values
+    return functools.partial(_function(address), pointer), values
 
 
 _function = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))

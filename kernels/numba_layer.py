@@ -8,22 +8,20 @@ call, allocates what it writes, and makes the arrays contiguous.
 import functools
 import itertools
 import threading
+from typing import NamedTuple
 
 import torch
-from numba import njit, types
+from numba import types
 from torch import Tensor
 
-from ..reference import CELLS
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run, use_large_pages
 from .numba_scan import LAYOUTS, gate_columns, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, lanes, load, store
-from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, named_jit, take, team_size, wait_for
+from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, jit, leave, named_jit, take, team_size, wait_for
 from .numba_tile import WIDE, pack_lines, pack_rows
-
-jit = njit(error_model="numpy")
 
 # Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
 FEW_ROWS = 16
@@ -187,6 +185,7 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
         if team > 1:
             wait_for(call, BARRIER, team)
         parts(call, thread, team)
+        leave(call, team)
 
     def backward_kernel(call):
         thread, team = take(call, TICKET), team_size(call)
@@ -197,11 +196,14 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
         if team > 1:
             wait_for(call, BARRIER, 2 * team)
         products(call, thread, team, zero)
+        leave(call, team)
 
     return backward_kernel if backward else forward_kernel
 
 
-def _kernel(cell: str, backward: bool, dtype: torch.dtype) -> int:
+@functools.cache
+def kernel(cell: str, backward: bool, itemsize: int) -> int:
+    dtype = torch.float32 if itemsize == 4 else torch.float64
     name = f"{cell}_{'backward' if backward else 'forward'}_{str(dtype).removeprefix('torch.')}"
     return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))
 
@@ -221,33 +223,126 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
-def _plan(threads, batch, batch_sizes, reverse, weights, units, itemsize, shareable):
-    """Parts as rows of the part table, and how many threads share each, for the shortest time step."""
+def _split(threads, batch, reverse, weights, units, itemsize, shareable) -> tuple[int, int]:
+    """Into how many ranges the batch is cut, and how many threads share a part, for the shortest time step."""
     directions = len(reverse)
     panels = max(1, units * itemsize // (WIDE * VECTOR_BYTES))
     best = None
     for chunks in range(1, min(batch, -(-threads // directions)) + 1):
-        members = min(threads // (directions * chunks), panels) if shareable else 1
-        members = max(1, members)
+        members = max(1, min(threads // (directions * chunks), panels)) if shareable else 1
         turns = -(-directions * chunks // threads)
         time = turns * _step_ns(-(-batch // chunks), weights, units, itemsize, members, panels)
         if best is None or time <= best[0]:
             best = time, chunks, members
     _, chunks, members = best
+    return chunks, members
+
+
+class Plan(NamedTuple):
+    """How a call of given sizes is run."""
+
+    values: tuple[int, ...]  # of the call, but for the addresses
+    regions: tuple[tuple[int, int], ...]  # of scratch: the field that takes the address, and the offset in bytes
+    scratch_bytes: int
+    threads: int
+    members: int
+
+
+class Sizes(NamedTuple):
+    """What a plan depends on."""
+
+    cell: str
+    backward: bool
+    itemsize: int
+    threads: int  # at most
+    rows: int
+    steps: int
+    batch: int
+    directions: int
+    sources: int
+    input_size: int
+    hidden_size: int
+    state_size: int
+    reverse: tuple[int, ...]
+    projected: bool
+    needed: bool  # forward: the reserve, backward: dx
+    examples: int
+
+
+@functools.lru_cache(maxsize=1024)
+def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
+    """The plan for a call; ``batch_sizes`` are given only if they differ from one another (then it is not cached)."""
+    layout, itemsize, backward = LAYOUTS[sizes.cell], sizes.itemsize, sizes.backward
+    directions, size, state_size = sizes.directions, sizes.hidden_size, sizes.state_size
+    input_size, batch = sizes.input_size, sizes.batch
+    gate_size, lanes = layout.gates * size, VECTOR_BYTES // itemsize
+    work = (2 if backward else 1) * sizes.rows * directions * gate_size * (state_size + input_size)
+    threads = max(1, min(sizes.threads, work // WORK_PER_THREAD))
+    shareable = batch_sizes is None and not sizes.projected
+    chunks, members = _split(threads, batch, sizes.reverse, gate_size * state_size, size, itemsize, shareable)
     bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
     if batch_sizes is not None and chunks > 1:
         # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
         ended = torch.bincount(batch_sizes, minlength=batch + 1)[:batch].cumsum(0)
-        work = (len(batch_sizes) - ended).cumsum(0)
-        shares = work[-1] * torch.arange(1, chunks) / chunks
-        bounds = [0, *(torch.searchsorted(work, shares) + 1).tolist(), batch]
+        running = (len(batch_sizes) - ended).cumsum(0)
+        shares = running[-1] * torch.arange(1, chunks) / chunks
+        bounds = [0, *(torch.searchsorted(running, shares) + 1).tolist(), batch]
     parts = [
         (direction, backwards, first, end)
         for first, end in itertools.pairwise(bounds)
-        for direction, backwards in enumerate(reverse)
+        for direction, backwards in enumerate(sizes.reverse)
         if end > first
     ]
-    return parts, members
+    if not backward:  # threads without a part of their own are of use in the products of the backward pass only
+        threads = min(threads, len(parts) * members)
+    part_rows = max(end - first for _, _, first, end in parts)
+    block_rows = min(max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6)), part_rows)
+    block_steps = max(1, min(sizes.steps, PROJECTION_BYTES // (part_rows * gate_size * itemsize)))
+    packed = sizes.rows > FEW_ROWS
+
+    table = field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0)
+    values = [0] * table
+    values.extend(itertools.chain.from_iterable(parts))
+    values[field.PARTS], values[field.MEMBERS], values[field.PART_TABLE] = len(parts), members, table
+    values[field.BLOCK_ROWS], values[field.BLOCK_STEPS], values[field.PACKED] = block_rows, block_steps, packed
+    values[field.STEPS], values[field.ROWS], values[field.BATCH] = sizes.steps, sizes.rows, batch
+    values[field.DIRECTIONS], values[field.SOURCES] = directions, sizes.sources
+    values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = input_size, size, state_size
+    values[field.EXAMPLES] = sizes.examples
+
+    wide = WIDE * lanes
+
+    def up(columns: int) -> int:
+        return -(-columns // wide) * wide
+
+    if backward:
+        scratch = max(numba_gradients.scratch_size(lanes), block_rows * size if sizes.projected else 0)
+        regions = {}
+        panels = {
+            field.PANELS_HH: gate_size * up(state_size),
+            field.PANELS_IH: gate_size * up(input_size) if sizes.needed else 0,
+            field.PANELS_HR: state_size * up(size) if sizes.projected else 0,
+        }
+    else:
+        scratch = block_rows * (gate_size + size) + (0 if sizes.needed else block_steps * part_rows * gate_size)
+        regions = {field.BIAS: directions * gate_size, field.BIAS_HN: directions * size if sizes.cell == "gru" else 0}
+        units = lanes if layout.gates > 1 else layout.vectors * lanes
+        line = -(-size // units) * layout.vectors * lanes
+        panels = {
+            field.PANELS_IH: line * input_size,
+            field.PANELS_HH: line * state_size,
+            field.PANELS_HR: up(state_size) * size if sizes.projected else 0,
+        }
+    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
+    regions[field.SCRATCH] = scratch * max(len(parts), threads)
+    if packed:
+        regions.update({place: directions * count for place, count in panels.items()})
+    offset, offsets = 0, []
+    for place, count in regions.items():
+        if count:
+            offsets.append((place, offset))
+            offset += -(-count * itemsize // 64) * 64
+    return Plan(tuple(values), tuple(offsets), offset, threads, members)
 
 
 class _Kept(threading.local):
@@ -259,37 +354,6 @@ class _Kept(threading.local):
 _kept = _Kept()
 # More than this goes back to the system after every call.
 KEPT_BYTES = 64 << 20
-
-
-class _Arena:
-    """Scratch for one call, in one allocation: regions are asked for first, then given addresses."""
-
-    def __init__(self, itemsize: int):
-        self.itemsize = itemsize
-        self.regions: list[tuple[int, int]] = []
-        self.size = 0
-
-    def add(self, place: int, values: int) -> None:
-        """Room for so many values, whose address goes to field ``place``."""
-        self.regions.append((place, self.size))
-        self.size += -(-values * self.itemsize // 64) * 64 // self.itemsize
-
-    def allocate(self, call: list[int]) -> Tensor:
-        """Memory for all regions, their addresses put into ``call``; to be handed to ``release`` after the call."""
-        size = self.size * self.itemsize
-        # taken, not looked at: what the interpreter runs in between must not use the same memory
-        memory, _kept.memory = _kept.memory, None
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=torch.uint8)
-            use_large_pages(memory)
-        address = memory.data_ptr()
-        for place, offset in self.regions:
-            call[place] = address + offset * self.itemsize
-        return memory
-
-    def release(self, memory: Tensor) -> None:
-        if memory.numel() <= KEPT_BYTES:
-            _kept.memory = memory
 
 
 def _prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -309,15 +373,6 @@ def _converted(results: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[
     return tuple(None if result is None else result.to(dtype) for result in results)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _panels(columns: int, width: int) -> int:
-    """Values of one line of panels of ``width`` columns."""
-    return -(-columns // width) * width
-
-
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -331,63 +386,34 @@ def can_run(call) -> str | None:
     return None
 
 
-class _Call:
-    """One call to be: its values, and what must live as long as it runs."""
+def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
+    """Run the kernel for a plan on arrays, given by the field that takes their address."""
+    call = list(plan.values)
+    for place, tensor in arrays.items():
+        if tensor is not None:
+            call[place] = tensor.data_ptr()
+    # taken, not looked at: what the interpreter runs in between must not use the same memory
+    memory, _kept.memory = _kept.memory, None
+    if memory is None or memory.numel() < plan.scratch_bytes:
+        memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        use_large_pages(memory)
+    address = memory.data_ptr()
+    for place, offset in plan.regions:
+        call[place] = address + offset
+    run(kernel(sizes.cell, sizes.backward, sizes.itemsize), call, plan.threads)
+    if memory.numel() <= KEPT_BYTES:
+        _kept.memory = memory
 
-    def __init__(self, cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, passes):
-        """``passes``: how many products of the size of the forward pass the call makes in all."""
-        self.cell, self.dtype = cell, x.dtype
-        self.layout = LAYOUTS[cell]
-        rows, sources, input_size = x.shape
-        directions, gate_size, state_size = weight_hh.shape
-        size = gate_size // self.layout.gates
-        if batch_sizes is not None:
-            batch_sizes = batch_sizes.contiguous()
-            if int(batch_sizes[-1]) == batch:
-                batch_sizes = None  # all sequences are as long
-        steps = rows // batch if batch_sizes is None else len(batch_sizes)
-        itemsize = x.element_size()
-        work = passes * rows * directions * gate_size * (state_size + input_size)
-        threads = max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
-        parts, members = [(0, reverse[0], 0, batch)], 1
-        if threads > 1 or directions > 1:
-            shareable = batch_sizes is None and weight_hr is None
-            parts, members = _plan(
-                *(threads, batch, batch_sizes, reverse, gate_size * state_size, size, itemsize, shareable)
-            )
-        self.threads = min(threads, max(len(parts) * members, threads if passes > 1 else 1))
-        self.regions = max(len(parts), self.threads)
-        self.part_rows = max(end - first for _, _, first, end in parts)
-        block_rows = max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6))
-        self.block_rows = min(block_rows, self.part_rows)
-        self.steps, self.sizes = steps, (directions, input_size, size, state_size, gate_size)
-        self.arena, self.keep = _Arena(itemsize), [batch_sizes]
-        self.members, self.parts = members, len(parts)
 
-        table = field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0)
-        self.values = values = [0] * table
-        values.extend(itertools.chain.from_iterable(parts))
-        values[field.PARTS], values[field.MEMBERS], values[field.PART_TABLE] = len(parts), members, table
-        values[field.BLOCK_ROWS] = self.block_rows
-        values[field.BLOCK_STEPS] = steps
-        values[field.PACKED] = rows > FEW_ROWS
-        values[field.STEPS], values[field.ROWS], values[field.BATCH] = steps, rows, batch
-        values[field.BATCH_SIZES] = _address(batch_sizes)
-        values[field.DIRECTIONS], values[field.SOURCES] = directions, sources
-        values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = input_size, size, state_size
-        self.set({field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr})
+def _plan(sizes: Sizes, batch_sizes: Tensor | None) -> Plan:
+    return make_plan(sizes) if batch_sizes is None else make_plan.__wrapped__(sizes, batch_sizes)
 
-    def set(self, arrays: dict[int, Tensor | None]) -> None:
-        """Put the arrays' addresses into the call."""
-        for place, tensor in arrays.items():
-            if tensor is not None:
-                self.values[place] = tensor.data_ptr()
-                self.keep.append(tensor)
 
-    def run(self, backward: bool) -> None:
-        memory = self.arena.allocate(self.values)
-        run(_kernel(self.cell, backward, self.dtype), self.values, self.threads)
-        self.arena.release(memory)
+def _steps(rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
+    """The number of time steps, and the batch sizes if they differ from one another."""
+    if batch_sizes is None or int(batch_sizes[-1]) == batch:
+        return rows // batch, None
+    return len(batch_sizes), batch_sizes.contiguous()
 
 
 def layer_forward(
@@ -424,43 +450,23 @@ def layer_forward(
         hidden_prev = x.new_empty(rows, directions, state_size)
         cell_prev = None if c0 is None else x.new_empty(rows, directions, size)
     if rows:
-        call = _Call(cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, 1)
-        call.set(
-            {
-                **{field.BIAS_IH: bias_ih, field.BIAS_HH: bias_hh},
-                **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
-                **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
-            }
+        _, sources, input_size = x.shape
+        steps, batch_sizes = _steps(rows, batch, batch_sizes)
+        sizes = Sizes(
+            *(cell, False, x.element_size(), torch.get_num_threads(), rows, steps, batch, directions, sources),
+            *(input_size, size, state_size, tuple(reverse), weight_hr is not None, save, 1),
         )
-        _plan_forward_memory(call, save, hidden)
-        call.run(backward=False)
+        plan = _plan(sizes, batch_sizes)
+        arrays = {
+            **{field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
+            **{field.BIAS_IH: bias_ih, field.BIAS_HH: bias_hh, field.BATCH_SIZES: batch_sizes},
+            **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
+            **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
+            field.HIDDEN_2: hidden.clone() if plan.members > 1 else None,
+        }
+        _run(plan, sizes, arrays)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
     return _converted(results, dtype)
-
-
-def _plan_forward_memory(call: _Call, save: bool, hidden: Tensor) -> None:
-    directions, input_size, size, state_size, gate_size = call.sizes
-    arena, values, itemsize = call.arena, call.values, call.arena.itemsize
-    lanes = VECTOR_BYTES // itemsize
-    step_values = call.part_rows * gate_size
-    block_steps = max(1, min(call.steps, PROJECTION_BYTES // (step_values * itemsize)))
-    values[field.BLOCK_STEPS] = block_steps
-    scratch = call.block_rows * (gate_size + size) + (0 if save else block_steps * step_values)
-    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
-    arena.add(field.SCRATCH, scratch * call.regions)
-    arena.add(field.BIAS, directions * gate_size)
-    if call.cell == "gru":
-        arena.add(field.BIAS_HN, directions * size)
-    if values[field.PACKED]:
-        vectors = call.layout.vectors
-        units = lanes if call.layout.gates > 1 else vectors * lanes
-        line = -(-size // units) * vectors * lanes
-        arena.add(field.PANELS_IH, directions * line * input_size)
-        arena.add(field.PANELS_HH, directions * line * state_size)
-        if values[field.WEIGHT_HR]:
-            arena.add(field.PANELS_HR, directions * _panels(state_size, WIDE * lanes) * size)
-    if call.members > 1:
-        call.set({field.HIDDEN_2: hidden.clone()})
 
 
 def layer_backward(
@@ -518,34 +524,20 @@ def layer_backward(
         # a reserve that was converted is a copy already
         dgates = gates if overwrite or gates is not saved else torch.empty_like(gates)
         d_projected = None if weight_hr is None else x.new_empty(rows, directions, state_size)
-        call = _Call(cell, x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, 2)
-        call.values[field.EXAMPLES] = examples
-        call.set(
-            {
-                **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
-                **{field.D_OUTPUT: d_output, field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
-                **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
-                **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
-                **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
-            }
+        steps, batch_sizes = _steps(rows, batch, batch_sizes)
+        sizes = Sizes(
+            *(cell, True, x.element_size(), torch.get_num_threads(), rows, steps, batch, directions, sources),
+            *(input_size, size, state_size, tuple(reverse), weight_hr is not None, needs_x, examples),
         )
-        _plan_backward_memory(call)
-        call.run(backward=True)
+        arrays = {
+            **{field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
+            **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
+            **{field.D_OUTPUT: d_output, field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
+            **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
+            **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
+            **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
+            field.BATCH_SIZES: batch_sizes,
+        }
+        _run(_plan(sizes, batch_sizes), sizes, arrays)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
     return _converted(results, dtype)
-
-
-def _plan_backward_memory(call: _Call) -> None:
-    directions, input_size, size, state_size, gate_size = call.sizes
-    arena, values, itemsize = call.arena, call.values, call.arena.itemsize
-    lanes = VECTOR_BYTES // itemsize
-    scratch = max(numba_gradients.scratch_size(lanes), call.block_rows * size if values[field.WEIGHT_HR] else 0)
-    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
-    arena.add(field.SCRATCH, scratch * call.regions)
-    if values[field.PACKED]:
-        wide = WIDE * lanes
-        arena.add(field.PANELS_HH, directions * gate_size * _panels(state_size, wide))
-        if values[field.DX]:
-            arena.add(field.PANELS_IH, directions * gate_size * _panels(input_size, wide))
-        if values[field.WEIGHT_HR]:
-            arena.add(field.PANELS_HR, directions * state_size * _panels(size, wide))

@@ -101,13 +101,13 @@ def fused_multiply_add(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
-def sum_of_lanes(builder, vector):
-    """Emit the sum of a vector's lanes, in an order that LLVM chooses."""
-    scalar = vector.type.element
-    function_type = ir.FunctionType(scalar, [scalar, vector.type])
-    name = f"llvm.vector.reduce.fadd.{_suffix(vector.type)}"
-    function = cgutils.get_or_insert_function(builder.module, function_type, name)
-    return builder.call(function, [ir.Constant(scalar, 0), vector], fastmath=("reassoc",))
+def prefetch(builder, pointer):
+    """Emit a request to bring the cache line at ``pointer`` into the L2 cache; an address that is not there is ignored."""
+    pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    number = ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(function, [pointer, number(0), number(2), number(1)])  # to read, level 2, data
 
 
 def _scalar_bytes(vector_type):

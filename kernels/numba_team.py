@@ -1,7 +1,7 @@
 """The threads that run one kernel call together: who they are, how they share out items, how they wait for each other.
 
-A call is an array of int64. It begins with counters, each on a cache line of its own, that must be 0 when the call
-starts; what follows them is the kernels' business (``numba_call.py``).
+A call is an array of int64. It begins with counters, each on a cache line of its own, that are 0 when the call
+starts and when it ends; what follows them is the kernels' business (``numba_call.py``).
 """
 
 from numba import njit
@@ -29,7 +29,7 @@ jit = njit(error_model="numpy")
 
 # int64 values on a cache line of 64 bytes
 LINE = 8
-(TICKET, BARRIER, PACKING, PARTS_TAKEN, PRODUCTS, COUNTERS) = range(0, 6 * LINE, LINE)
+(TICKET, BARRIER, PACKING, PARTS_TAKEN, PRODUCTS, LEAVING, COUNTERS) = range(0, 7 * LINE, LINE)
 # Addresses of C functions, 0 where there is none: omp_get_num_threads and sched_yield.
 TEAM_SIZE, YIELD = COUNTERS, COUNTERS + 1
 FIRST_FIELD = COUNTERS + 2
@@ -48,6 +48,14 @@ def team_size(call):
 def take(call, counter):
     """The number of the next item of a list that the threads share out among themselves."""
     return atomic_add(call, counter, 1)
+
+
+@jit
+def leave(call, team):
+    """The last thing that a thread does: the last one of the team makes the call ready to be run again."""
+    if take(call, LEAVING) + 1 == team:
+        for counter in range(0, COUNTERS, LINE):
+            call[counter] = 0
 
 
 @jit

@@ -26,9 +26,9 @@ from .numba_simd import (
     load,
     masked_load,
     masked_store,
+    prefetch,
     store,
     store_transposed,
-    sum_of_lanes,
 )
 from .numba_team import named_jit
 
@@ -41,8 +41,6 @@ _TILE_ROWS = {1: 8, 2: 8, 3: 8, 4: 6} if MANY_REGISTERS else {1: 8, 2: 6, 3: 4, 
 WIDE = 4 if MANY_REGISTERS else 2
 # Longer sums are made of parts of this length: a panel of one part stays in the L2 cache.
 DEPTH_BLOCK = 1024
-# Columns whose dot products with one row run side by side.
-DOTS = 8
 
 
 @intrinsic(prefer_literal=True)
@@ -141,69 +139,131 @@ def _tile(
     return types.void(rows, vectors, packed, *panel_arguments, *out_arguments), codegen
 
 
+# Rows whose dot products with the same weights run side by side; at most as many as a vector has lanes.
+DOT_ROWS = 4 if VECTOR_BYTES >= 32 else 2
+# Lines of weights that are read side by side: the processor follows so few by itself.
+DOT_COLUMNS = 4 if VECTOR_BYTES >= 32 else 1
+
+
+def _sums_of_lanes(builder, vectors):
+    """Emit one vector with the sum of the lanes of every one of ``vectors``, which are as many as a vector has lanes."""
+    lane_count = len(vectors)
+    order = ir.VectorType(ir.IntType(32), lane_count)
+    bit = 1
+    # Each round halves the number of vectors: afterwards the lanes of which ``bit`` is set belong to the second of two.
+    while bit < lane_count:
+        numbers = range(lane_count)
+        first = ir.Constant(order, [lane_count + (lane ^ bit) if lane & bit else lane for lane in numbers])
+        second = ir.Constant(order, [lane_count + lane if lane & bit else lane ^ bit for lane in numbers])
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, first), builder.shuffle_vector(a, b, second))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        bit *= 2
+    return vectors[0]
+
+
 @intrinsic(prefer_literal=True)
-def _dot_products(typingctx, columns, a, weight, depth, out, addend, add):
-    """``out[n] = sum_k a[k] * weight[n, k] (+ addend[n])`` for n < columns (a literal), weights as torch keeps them."""
-    if not isinstance(columns, types.IntegerLiteral):
+def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out_stride, addend, add):
+    """``out[r, n] = sum_k a[r, k] * weight[n, k] (+ addend[n])`` with the weights as torch keeps them.
+
+    For ``rows`` rows, a literal, and ``columns`` columns, 1 to as many as make rows * columns the lanes of a vector.
+    """
+    if not isinstance(rows, types.IntegerLiteral):
         return None
-    column_count, alignment = columns.literal_value, a.dtype.bitwidth // 8
+    row_count, alignment = rows.literal_value, a.dtype.bitwidth // 8
     scalar = ir.FloatType() if a.dtype == types.float32 else ir.DoubleType()
     lane_count = VECTOR_BYTES // alignment
+    column_count = lane_count // row_count
     vector = ir.VectorType(scalar, lane_count)
     index = ir.IntType(64)
 
     def codegen(context, builder, sig, args):
-        _, a, weight, depth, out, addend, add = args
-        lines = [builder.gep(weight, [builder.mul(depth, index(n))]) for n in range(column_count)]
+        _, a, a_stride, weight, depth, columns, out, out_stride, addend, add = args
+        # columns that are not there repeat the last one
+        last = builder.sub(columns, index(1))
+        a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))]) for r in range(row_count)]
         full = builder.and_(depth, index(-lane_count))
-        zero = ir.Constant(vector, None)
-        before_loop = builder.block
-        loop = builder.append_basic_block("dot.depth")
-        after = builder.append_basic_block("dot.rest")
-        builder.cbranch(builder.icmp_signed(">", full, index(0)), loop, after)
-        builder.position_at_end(loop)
-        k = builder.phi(index)
-        k.add_incoming(index(0), before_loop)
-
-        def whole_vector(pointer):
-            return builder.load(builder.bitcast(builder.gep(pointer, [k]), vector.as_pointer()), align=alignment)
-
-        sums = [builder.phi(vector) for _ in lines]
-        activations = whole_vector(a)
-        updated = [
-            fused_multiply_add(builder, activations, whole_vector(line), total)
-            for line, total in zip(lines, sums, strict=True)
-        ]
-        following = builder.add(k, index(lane_count))
-        k.add_incoming(following, loop)
-        for total, update in zip(sums, updated, strict=True):
-            total.add_incoming(zero, before_loop)
-            total.add_incoming(update, loop)
-        builder.cbranch(builder.icmp_signed("<", following, full), loop, after)
-
-        builder.position_at_end(after)
-        totals = [builder.phi(vector) for _ in lines]
-        for total, update in zip(totals, updated, strict=True):
-            total.add_incoming(zero, before_loop)
-            total.add_incoming(update, loop)
         mask = lane_mask(builder, builder.sub(depth, full), lane_count)
-        activations = masked_load(builder, vector, builder.gep(a, [full]), mask)
-        for n, line in enumerate(lines):
-            weights = masked_load(builder, vector, builder.gep(line, [full]), mask)
-            totals[n] = fused_multiply_add(builder, activations, weights, totals[n])
-        results = [sum_of_lanes(builder, total) for total in totals]
+        has_rest = builder.icmp_signed("<", full, depth)
+        group_columns = min(DOT_COLUMNS, column_count)
+        zeros = [ir.Constant(vector, None)] * (row_count * group_columns)
+
+        def group_products(first):
+            """Vectors of partial sums of a few columns, row by row: more columns at once are too many streams to read."""
+            lines = []
+            for n in range(first, first + group_columns):
+                number = builder.select(builder.icmp_signed("<", last, index(n)), last, index(n))
+                lines.append(builder.gep(weight, [builder.mul(depth, number)]))
+
+            def products(load, totals):
+                activations, weights = [load(row) for row in a_rows], [load(line) for line in lines]
+                pairs = [(activation, weight) for activation in activations for weight in weights]
+                return [fused_multiply_add(builder, *pair, total) for pair, total in zip(pairs, totals, strict=True)]
+
+            def merged(*sources):
+                """Phi nodes for the sums that come from several blocks."""
+                totals = [builder.phi(vector) for _ in zeros]
+                for sums, block in sources:
+                    for total, source in zip(totals, sums, strict=True):
+                        total.add_incoming(source, block)
+                return totals
+
+            start = builder.block
+            loop, after = builder.append_basic_block("dot.depth"), builder.append_basic_block("dot.after")
+            rest, done = builder.append_basic_block("dot.rest"), builder.append_basic_block("dot.done")
+            builder.cbranch(builder.icmp_signed(">", full, index(0)), loop, after)
+
+            builder.position_at_end(loop)
+            k = builder.phi(index)
+            k.add_incoming(index(0), start)
+            sums = merged((zeros, start))
+
+            def whole(pointer):
+                return builder.load(builder.bitcast(builder.gep(pointer, [k]), vector.as_pointer()), align=alignment)
+
+            # the next columns: a line is too short for the processor to see where it leads
+            ahead = builder.add(k, builder.mul(depth, index(group_columns)))
+            for line in lines:
+                prefetch(builder, builder.gep(line, [ahead]))
+            updated = products(whole, sums)
+            following = builder.add(k, index(lane_count))
+            k.add_incoming(following, loop)
+            for total, update in zip(sums, updated, strict=True):
+                total.add_incoming(update, loop)
+            builder.cbranch(builder.icmp_signed("<", following, full), loop, after)
+
+            builder.position_at_end(after)
+            totals = merged((zeros, start), (updated, loop))
+            builder.cbranch(has_rest, rest, done)
+            builder.position_at_end(rest)
+            completed = products(
+                lambda pointer: masked_load(builder, vector, builder.gep(pointer, [full]), mask), totals
+            )
+            builder.branch(done)
+            builder.position_at_end(done)
+            return merged((totals, after), (completed, rest))
+
+        groups = [group_products(first) for first in range(0, column_count, group_columns)]
+        # row by row, column by column
+        totals = [group[r * group_columns + n] for r in range(row_count) for group in groups for n in range(group_columns)]
+        result = _sums_of_lanes(builder, totals)
+        there = lane_mask(builder, columns, column_count)
         # added last, and not read at all unless it is wanted: addend may point nowhere
-        with builder.if_else(add) as (adding, storing):
-            with adding:
-                for n, result in enumerate(results):
-                    before = builder.load(builder.gep(addend, [index(n)]))
-                    builder.store(builder.fadd(result, before), builder.gep(out, [index(n)]))
-            with storing:
-                for n, result in enumerate(results):
-                    builder.store(result, builder.gep(out, [index(n)]))
+        wanted = builder.and_(there, broadcast(builder, add, column_count))
+        part = ir.VectorType(scalar, column_count)
+        before = masked_load(builder, part, addend, wanted)
+        for r in range(row_count):
+            places = ir.Constant(
+                ir.VectorType(ir.IntType(32), column_count), [r * column_count + n for n in range(column_count)]
+            )
+            sums = builder.shuffle_vector(result, ir.Constant(vector, ir.Undefined), places)
+            target = builder.gep(out, [builder.mul(out_stride, index(r))])
+            masked_store(builder, builder.fadd(sums, before), target, there)
         return context.get_dummy_value()
 
-    return types.void(columns, a, weight, types.int64, out, addend, types.boolean), codegen
+    i64 = types.int64
+    return types.void(rows, a, i64, weight, i64, i64, out, i64, addend, types.boolean), codegen
 
 
 def _make_multiply(vectors: int):
@@ -327,17 +387,25 @@ def multiply_rows(a, a_stride, rows, weight, depth, columns, out, out_stride, ad
 
     Right for so few rows that packing the weights costs more than it gains.
     """
-    column = 0
-    while column + DOTS <= columns:
-        for row in range(rows):
-            a_row, out_row = advance(a, row * a_stride), advance(out, row * out_stride + column)
-            _dot_products(DOTS, a_row, advance(weight, column * depth), depth, out_row, advance(addend, column), add)
-        column += DOTS
-    while column < columns:
-        for row in range(rows):
-            a_row, out_row = advance(a, row * a_stride), advance(out, row * out_stride + column)
-            _dot_products(1, a_row, advance(weight, column * depth), depth, out_row, advance(addend, column), add)
-        column += 1
+    vector = lanes(a)
+    row = 0
+    # several rows at a time, so that each weight is loaded once for all of them
+    while row + DOT_ROWS <= rows:
+        a_row, out_row, step = advance(a, row * a_stride), advance(out, row * out_stride), vector // DOT_ROWS
+        for column in range(0, columns, step):
+            line, target = advance(weight, column * depth), advance(out_row, column)
+            count = min(step, columns - column)
+            _dot_products(
+                DOT_ROWS, a_row, a_stride, line, depth, count, target, out_stride, advance(addend, column), add
+            )
+        row += DOT_ROWS
+    while row < rows:
+        a_row, out_row = advance(a, row * a_stride), advance(out, row * out_stride)
+        for column in range(0, columns, vector):
+            line, target = advance(weight, column * depth), advance(out_row, column)
+            count = min(vector, columns - column)
+            _dot_products(1, a_row, a_stride, line, depth, count, target, out_stride, advance(addend, column), add)
+        row += 1
 
 
 @jit
