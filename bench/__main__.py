@@ -15,7 +15,7 @@ from . import report, results
 from .machine import measure
 from .plot import plot
 from .runner import DTYPES, Job, run
-from .workloads import GATES, MODES, Workload, load, select
+from .workloads import GATES, MODES, Workload, grid, load, select
 
 FOLDER = Path(__file__).parent
 SECONDS, QUICK_SECONDS = 10.0, 1.5  # of samples, a row
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output or FOLDER / ("out/quick.csv" if options.quick else "results/results.csv")
     try:
-        chosen = select(load(), options.workload, options.cell, options.mode)
+        chosen = select(load() + (grid() if options.grid else []), options.workload, options.cell, options.mode)
         workloads = leave_out_dear_ones(chosen, options)
         if options.list:
             print_list(chosen, workloads)
@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", nargs="+", type=positive, default=[torch.get_num_threads()], help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=torch.device, default=torch.device(device), help=f"(default: {device})")
+    add("--grid", action="store_true", help="also cells x batches x hidden sizes, in every mode (grid-*)")
     add("--quick", action="store_true", help="the cheap workloads only, with a small time budget")
     add("--seconds", type=float, help=f"of samples, a row (default: {SECONDS:g}, quick: {QUICK_SECONDS:g})")
     add(

@@ -47,7 +47,7 @@ class Case:
     mode: str
 
     def callable(self) -> Callable[[], Any]:
-        """One call of the workload: what is timed. It returns all that it computed, nested as torch does."""
+        """One call of the workload: what is timed. It returns what it computed, nested as torch does."""
         return {"train": self._training, "infer": self._inference, "step": self._stepping}[self.mode]()
 
     def _training(self) -> Callable[[], Any]:
@@ -70,6 +70,9 @@ class Case:
         return lambda: self.module(self.inputs.input)
 
     def _stepping(self) -> Callable[[], Any]:
+        if stream := self._stream():
+            x = self.inputs.input[0]
+            return lambda: stream.step(x)
         state = self.inputs.hx
 
         def call():
@@ -79,11 +82,27 @@ class Case:
 
         return call
 
+    def _stream(self) -> fastrnn.Stream | None:
+        """What runs single steps: of fastrnn's module of one direction a stream, with the given state."""
+        if not isinstance(self.module, fastrnn.RNN | fastrnn.GRU | fastrnn.LSTM) or self.module.bidirectional:
+            return None
+        stream = fastrnn.Stream(self.module, self.inputs.input.shape[1])
+        stream.state = self.inputs.hx
+        return stream
+
+    def _runs(self) -> list[Any]:
+        """The results of one call, nested as torch does; of a single step of several, whose state goes on."""
+        if self.mode != "step":
+            return [self.callable()()]
+        if stream := self._stream():
+            return [(stream.step(self.inputs.input[0])[None], stream.state) for _ in range(CHECKED_STEPS)]
+        call = self.callable()
+        return [call() for _ in range(CHECKED_STEPS)]
+
     def results(self) -> dict[str, Tensor]:
         """Everything that the workload computes, by name: outputs, states and, in training, gradients."""
-        call = self.callable()
         with torch.set_grad_enabled(self.mode == "train"):
-            runs = [call() for _ in range(CHECKED_STEPS if self.mode == "step" else 1)]
+            runs = self._runs()
         names = ["output", "h_n", "c_n"] if self.module.mode == "LSTM" else ["output", "h_n"]
         if self.mode == "train":
             names += ["grad input", *(f"grad {name}" for name, _ in self.module.named_parameters())]

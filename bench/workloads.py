@@ -1,5 +1,6 @@
 """The workloads: recurrent layers as public projects use them, read from workloads.toml."""
 
+import itertools
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,30 @@ def load(path: Path = WORKLOADS_FILE) -> list[Workload]:
     """Every workload of a TOML file, in its order."""
     with path.open("rb") as file:
         return [Workload(**fields) for fields in tomllib.load(file)["workload"]]
+
+
+GRID_BATCHES, GRID_HIDDEN = (1, 8, 32, 128), (32, 64, 128, 256, 512, 1024)
+# Steps of a grid's sequences, and of those whose batch x hidden size is beyond the limit: seconds a call otherwise.
+GRID_TIME, GRID_SHORT_TIME, GRID_LIMIT = 64, 24, 32 << 10
+
+
+def grid() -> list[Workload]:
+    """Every cell, batch and hidden size (the input's too) in every mode; single steps of small batches only."""
+    return [
+        Workload(
+            name=f"grid-{mode}-{cell.lower()}-b{batch}-h{hidden}",
+            source="a grid over sizes",
+            cell=cell,
+            input=hidden,
+            hidden=hidden,
+            batch=batch,
+            time=1 if mode == "step" else GRID_TIME if batch * hidden <= GRID_LIMIT else GRID_SHORT_TIME,
+            mode=mode,
+            cpu=True,
+        )
+        for mode, cell, batch, hidden in itertools.product(MODES, GATES, GRID_BATCHES, GRID_HIDDEN)
+        if mode != "step" or batch <= 8
+    ]
 
 
 def select(

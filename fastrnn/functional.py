@@ -53,7 +53,7 @@ class _Inputs(NamedTuple):
 
 
 def _grouped(inputs: _Inputs) -> _Inputs:
-    """The inputs with their dimension of groups. A single layer comes without: views would cost more than small kernels."""
+    """The inputs with their dimension of groups, which one group may lack: views would cost more than small kernels."""
     if inputs.x.dim() == 3:
         return inputs
     weights = (None if weight is None else weight.unsqueeze(0) for weight in inputs[1:6])
@@ -61,7 +61,7 @@ def _grouped(inputs: _Inputs) -> _Inputs:
 
 
 def _is_plain(tensors) -> bool:
-    """Whether nobody looks at operators and all tensors are ordinary: then a kernel may be called past the dispatcher."""
+    """Whether nobody looks at operators and all tensors are ordinary, so that kernels may be called directly."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

@@ -69,7 +69,8 @@ def layer_forward_on(
 ):
     """What ``layer_forward`` does, past torch's dispatcher."""
     rows, sources, input_size = x.shape
-    groups, gate_size, state_size = weight_hh.shape
+    groups, gate_size, _ = weight_hh.shape
+    batch, state_size = h0.shape[1:]
     size = gate_size // CELLS[cell].gates
     if sources == 0 or groups % sources or len(reverse) != groups:
         raise RuntimeError(f"fastrnn: {groups} groups cannot share {sources} inputs and {len(reverse)} directions")
@@ -78,9 +79,9 @@ def layer_forward_on(
     _expect("bias_ih", bias_ih, groups, gate_size)
     _expect("bias_hh", bias_hh, groups, gate_size)
     _expect("weight_hr", weight_hr, groups, state_size, size)
-    _expect("h0", h0, groups, h0.shape[1], state_size if weight_hr is not None else size)
-    _expect("c0", c0, groups, h0.shape[1], size)
-    _expect_packing(batch_sizes, rows, h0.shape[1])
+    _expect("h0", h0, groups, batch, state_size if weight_hr is not None else size)
+    _expect("c0", c0, groups, batch, size)
+    _expect_packing(batch_sizes, rows, batch)
     results = dispatch.kernels(backend).layer_forward(
         cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
     )
@@ -110,11 +111,13 @@ def layer_backward_on(
     needs,
     overwrite=False,
 ):
-    """What ``layer_backward`` does, past torch's dispatcher; with ``overwrite`` it may use the memory of ``gates`` for their gradients."""
+    """What ``layer_backward`` does, past torch's dispatcher; ``overwrite``: ``gates`` may be written to."""
     rows, sources, input_size = x.shape
-    groups, gate_size, state_size = weight_hh.shape
+    groups, gate_size, _ = weight_hh.shape
+    state_size = hidden_prev.shape[2]
     size = gate_size // CELLS[cell].gates
     _expect("weight_ih", weight_ih, groups, gate_size, input_size)
+    _expect("weight_hh", weight_hh, groups, gate_size, state_size)
     _expect("weight_hr", weight_hr, groups, state_size, size)
     _expect("gates", gates, rows, groups, CELLS[cell].saved * size)
     _expect("hidden_prev", hidden_prev, rows, groups, state_size if weight_hr is not None else size)

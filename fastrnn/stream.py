@@ -143,7 +143,7 @@ class Stream:
         return {name: parameters[name] for name in names}
 
     def _is_prepared(self, x: Tensor) -> bool:
-        """Whether the fast path was prepared for such an x and for all as it is now. One call of this is every step's."""
+        """Whether the fast path was prepared for such an x and for all as it is now: what every step has to ask."""
         if self._last is None or type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return False
         # together: x is contiguous and (B, I), or (I,) where B = 1

@@ -14,11 +14,10 @@ state's side. ``dh`` is left with the share of the gradient that reaches the old
 GRU only.
 """
 
-from numba import njit
-
 from .numba_simd import (
     at_least,
     at_most,
+    inline,
     is_single_precision,
     load,
     magnitude,
@@ -29,8 +28,6 @@ from .numba_simd import (
     with_sign_of,
     zero_unless_positive,
 )
-
-inline = njit(error_model="numpy", forceinline=True)
 
 LOG2_E = 1.4426950408889634
 # ln 2 in two parts: the first has few enough bits that n * LN2_HIGH is exact for every exponent n.

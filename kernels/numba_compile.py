@@ -31,7 +31,8 @@ from numba.core.registry import cpu_target
 from .numba_team import TEAM_SIZE, YIELD
 
 _SOURCES = tuple(
-    f"numba_{name}.py" for name in "simd team tile cells call scan gradients layer compile".split()
+    Path(__file__).with_name(f"numba_{name}.py")
+    for name in ("simd", "team", "tile", "cells", "call", "scan", "gradients", "layer", "compile")
 )
 _SIGNATURE = types.void(types.CPointer(types.int64))
 
@@ -53,8 +54,8 @@ def cache_folder() -> Path:
 @functools.cache
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
     digest.update(
         repr((numba.__version__, llvmlite.__version__, cpu_target.target_context.codegen().magic_tuple())).encode()
     )
@@ -174,6 +175,8 @@ def use_large_pages(tensor: torch.Tensor) -> None:
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     advise(start, (tensor.data_ptr() + size - start) // page * page, _MADV_HUGEPAGE)
+
+
 _forked = False
 
 

@@ -1,18 +1,16 @@
 """Gradients of a layer's input, weights and biases, from those of its gates: products over all time steps at once.
 
-Threads share out the rows of the input's gradient and the rows of the weights' gradients, so that every number is summed
-up by one thread, in the same order whatever their number.
+Threads share out the rows of the input's gradient and the rows of the weights' gradients, so that every number is
+summed up by one thread, in the same order whatever their number.
 """
 
-from numba import njit, types
+from numba import types
 
 from . import numba_call as field
 from .numba_scan import Layout, panels_of
-from .numba_simd import advance, as_pointer, lanes, load, store
+from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import PRODUCTS, take
 from .numba_tile import WIDE, multiply_lines, multiply_panel, pack_lines
-
-jit = njit(error_model="numpy")
 
 # Rows of the input's gradient that one item covers.
 INPUT_ROWS = 96
@@ -51,9 +49,7 @@ def weight_rows(gradients, gradients_stride, rows, count, source, source_stride,
         steps, add = min(SUM_ROWS, count - begin), begin > 0
         for n in range(0, rows, vector):
             panel = advance(packed, n * steps)
-            pack_lines(
-                advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, panel
-            )
+            pack_lines(advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, panel)
             if wanted & 2:
                 _add_up(panel, steps, rows - n, advance(bias, n), add)
         k = types.int64(0)
@@ -61,9 +57,7 @@ def weight_rows(gradients, gradients_stride, rows, count, source, source_stride,
             left = depth - k
             # a wide panel that is hardly filled costs as much as a full one
             vectors = WIDE if left > vector else 1
-            pack_lines(
-                advance(source, begin * source_stride + k), source_stride, steps, vectors, left, source_panel
-            )
+            pack_lines(advance(source, begin * source_stride + k), source_stride, steps, vectors, left, source_panel)
             for n in range(0, rows, vector):
                 target = advance(out, n * depth + k)
                 operands = (advance(packed, n * steps), 1, vector, min(vector, rows - n), source_panel, steps)

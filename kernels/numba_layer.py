@@ -19,8 +19,8 @@ from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run, use_large_pages
 from .numba_scan import LAYOUTS, gate_columns, make_backward_part, make_forward_part, panels_of
-from .numba_simd import VECTOR_BYTES, advance, as_pointer, lanes, load, store
-from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, jit, leave, named_jit, take, team_size, wait_for
+from .numba_simd import VECTOR_BYTES, advance, as_pointer, jit, lanes, load, named_jit, store
+from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
 from .numba_tile import WIDE, pack_lines, pack_rows
 
 # Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
@@ -346,7 +346,7 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
 
 
 class _Kept(threading.local):
-    """Scratch of the last call of this thread, for the next one: fresh memory costs more than packing weights into it."""
+    """Scratch of this thread's last call, for the next one: fresh memory costs more than packing weights into it."""
 
     memory: Tensor | None = None
 

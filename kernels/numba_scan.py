@@ -11,14 +11,12 @@ step, then the product with the weights that gives the gradient of the state bef
 
 from typing import NamedTuple
 
-from numba import njit, types
+from numba import types
 
 from . import numba_call as field
-from .numba_simd import advance, as_pointer, lanes, load, store
+from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import wait_for
 from .numba_tile import WIDE, multiply_lines, multiply_panel, multiply_rows
-
-jit = njit(error_model="numpy")
 
 
 @jit

@@ -9,6 +9,7 @@ import operator
 
 import llvmlite.binding
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
@@ -102,7 +103,7 @@ def fused_multiply_add(builder, a, b, c):
 
 
 def prefetch(builder, pointer):
-    """Emit a request to bring the cache line at ``pointer`` into the L2 cache; an address that is not there is ignored."""
+    """Emit a request to bring the cache line at ``pointer`` into the L2 cache; a wrong address does no harm."""
     pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     number = ir.IntType(32)
     function_type = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
@@ -112,6 +113,27 @@ def prefetch(builder, pointer):
 
 def _scalar_bytes(vector_type):
     return 4 if isinstance(vector_type.element, ir.FloatType) else 8
+
+
+# How every function of the kernels is compiled: no wrappers, for none is called from Python. ``inline`` is for what is
+# small and stands in inner loops.
+jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline = njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def named_jit(tag: str):
+    """``jit`` for functions made by a factory: ``tag`` tells those of one call of the factory from another's.
+
+    A function's symbol has its name and a number that counts up in every process. Kernels compiled by different
+    processes meet in one when they are loaded from disk: without the tag, two of the same symbol, and one would run in
+    place of the other.
+    """
+
+    def compile_lazily(function):
+        function.__qualname__ = f"{function.__qualname__}.{tag}"
+        return jit(function)
+
+    return compile_lazily
 
 
 # Operators. A Python or Numba number on either side is broadcast.

@@ -16,8 +16,8 @@ from .numba_layer import Sizes, kernel, make_plan
 class Step:
     """One step of a layer of one direction, in float32 or float64.
 
-    The state, ``hidden`` (1, B, H') and ``cell`` (1, B, H), is changed in place, see ``settle``. Weights are contiguous and of the
-    state's dtype; they must stay where they are as long as this object is used.
+    The state, ``hidden`` (1, B, H') and ``cell`` (1, B, H), is changed in place, see ``settle``. Weights are contiguous
+    and of the state's dtype; they must stay where they are as long as this object is used.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Step:
         cell: Tensor | None,
     ):
         _, batch, state_size = hidden.shape
-        gate_size, input_size = weight_ih.shape
+        input_size = weight_ih.shape[1]
         size = state_size if weight_hr is None else weight_hr.shape[1]
         sizes = Sizes(
             *(cell_name, False, hidden.element_size(), torch.get_num_threads(), batch, 1, batch, 1, 1),
@@ -52,7 +52,6 @@ class Step:
         for place, tensor in arrays.items():
             if tensor is not None:
                 call[place] = tensor.data_ptr()
-        call[field.PACKED] = 0
         self._run, self._values = prepare_run(kernel(cell_name, False, hidden.element_size()), call, plan.threads)
         self._keep = (scratch, arrays)
 

@@ -4,28 +4,7 @@ A call is an array of int64. It begins with counters, each on a cache line of it
 starts and when it ends; what follows them is the kernels' business (``numba_call.py``).
 """
 
-from numba import njit
-
-from .numba_simd import atomic_add, atomic_load, call_function, pause
-
-
-
-def named_jit(tag: str):
-    """``numba.njit`` for functions made by a factory: ``tag`` tells those of one call of the factory from another's.
-
-    A function's symbol has its name and a number that counts up in every process. Kernels compiled by different
-    processes meet in one when they are loaded from disk: without the tag, two of the same symbol, and one would run in
-    place of the other.
-    """
-
-    def compile_lazily(function):
-        function.__qualname__ = f"{function.__qualname__}.{tag}"
-        return njit(error_model="numpy")(function)
-
-    return compile_lazily
-
-
-jit = njit(error_model="numpy")
+from .numba_simd import atomic_add, atomic_load, call_function, jit, pause
 
 # int64 values on a cache line of 64 bytes
 LINE = 8

@@ -11,7 +11,6 @@ rows and columns are shared out.
 """
 
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -21,18 +20,17 @@ from .numba_simd import (
     advance,
     broadcast,
     fused_multiply_add,
+    jit,
     lane_mask,
     lanes,
     load,
     masked_load,
     masked_store,
+    named_jit,
     prefetch,
     store,
     store_transposed,
 )
-from .numba_team import named_jit
-
-jit = njit(error_model="numpy")
 
 # Rows of the largest tile for a number of vectors: accumulators, one line of weights and a broadcast value fit into 32
 # or 16 registers, and there are enough accumulators to hide the latency of a multiply-add.
@@ -146,7 +144,7 @@ DOT_COLUMNS = 4 if VECTOR_BYTES >= 32 else 1
 
 
 def _sums_of_lanes(builder, vectors):
-    """Emit one vector with the sum of the lanes of every one of ``vectors``, which are as many as a vector has lanes."""
+    """Emit one vector of the sums of the lanes of each of ``vectors``, which are as many as a vector has lanes."""
     lane_count = len(vectors)
     order = ir.VectorType(ir.IntType(32), lane_count)
     bit = 1
@@ -190,7 +188,7 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
         zeros = [ir.Constant(vector, None)] * (row_count * group_columns)
 
         def group_products(first):
-            """Vectors of partial sums of a few columns, row by row: more columns at once are too many streams to read."""
+            """Vectors of partial sums of a few columns, row by row: more at once are too many streams to read."""
             lines = []
             for n in range(first, first + group_columns):
                 number = builder.select(builder.icmp_signed("<", last, index(n)), last, index(n))
@@ -246,7 +244,9 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
 
         groups = [group_products(first) for first in range(0, column_count, group_columns)]
         # row by row, column by column
-        totals = [group[r * group_columns + n] for r in range(row_count) for group in groups for n in range(group_columns)]
+        totals = [
+            group[r * group_columns + n] for r in range(row_count) for group in groups for n in range(group_columns)
+        ]
         result = _sums_of_lanes(builder, totals)
         there = lane_mask(builder, columns, column_count)
         # added last, and not read at all unless it is wanted: addend may point nowhere
@@ -383,7 +383,7 @@ multiply_panel = {vectors: _make_multiply(vectors) for vectors in _TILE_ROWS}
 
 @jit
 def multiply_rows(a, a_stride, rows, weight, depth, columns, out, out_stride, addend, add):
-    """``out[r, n] = sum_k a[r, k] * weight[n, k] (+ addend[n])`` with the weights as torch keeps them, (columns, depth).
+    """``out[r, n] = sum_k a[r, k] * weight[n, k] (+ addend[n])``, weights (columns, depth) as torch keeps them.
 
     Right for so few rows that packing the weights costs more than it gains.
     """
@@ -453,7 +453,7 @@ def pack_rows(weight, depth, vectors, vector_stride, columns, column_step, panel
 
 @jit
 def pack_lines(weight, line, depth, vectors, columns, panel):
-    """A panel of neighbouring columns of ``weight``: ``panel[k, c] = weight[k * line + c]``, zeros beyond ``columns``."""
+    """A panel of neighbouring columns: ``panel[k, c] = weight[k * line + c]``, zeros beyond ``columns``."""
     vector = lanes(weight)
     for k in range(depth):
         for v in range(vectors):

@@ -158,8 +158,8 @@ def test_the_graph_holds_our_operators(name):
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
     torch.compile(ours, backend=backend, fullgraph=True)(draw(STEPS, BATCH, FEATURES))[0].sum().backward()
     assert graphs == {
-        "forward": ["fastrnn.scan_forward.default"] * 2,
-        "backward": ["fastrnn.scan_backward.default", *["fastrnn.weight_gradient.default"] * 2] * 2,
+        "forward": ["fastrnn.layer_forward.default"] * 2,
+        "backward": ["fastrnn.layer_backward.default"] * 2,
     }
 
 
@@ -261,7 +261,7 @@ def test_nothing_is_kept_without_grad():
     saves = []
 
     def backend(graph, _):
-        saves.extend(node.args[-1] for node in graph.graph.nodes if "scan_forward" in str(node.target))
+        saves.extend(node.args[-1] for node in graph.graph.nodes if "layer_forward" in str(node.target))
         return make_boxed_func(graph)
 
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=backend)
@@ -470,7 +470,7 @@ def test_another_backend_compiles_again():
     graphs = []
 
     def backend(graph, _):
-        graphs.append([node.args[0] for node in graph.graph.nodes if "scan_forward" in str(node.target)])
+        graphs.append([node.args[0] for node in graph.graph.nodes if "layer_forward" in str(node.target)])
         return make_boxed_func(graph)
 
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=backend)

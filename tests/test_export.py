@@ -40,7 +40,7 @@ def numba_backend():
 
 
 def scans_in(program):
-    return sum("fastrnn.scan_forward" in str(node.target) for node in program.graph.nodes)
+    return sum("fastrnn.layer_forward" in str(node.target) for node in program.graph.nodes)
 
 
 def dynamic_shapes(name, module, hx):
@@ -225,7 +225,7 @@ def test_jit_trace(name, grad):
     inputs = draw_inputs(theirs)
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(ours, inputs)
-    assert "fastrnn::scan_forward" in str(traced.inlined_graph)
+    assert "fastrnn::layer_forward" in str(traced.inlined_graph)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     buffer.seek(0)

@@ -9,9 +9,9 @@ from torch.library import opcheck
 
 import fastrnn  # noqa: F401  (defines the operators)
 from fastrnn import functional, ops, reference
-from fastrnn.kernels import numba_scan
+from fastrnn.kernels import numba_layer
 
-HIDDEN, PROJECTED, BATCH, STEPS = 5, 2, 3, 4
+INPUT, HIDDEN, PROJECTED, BATCH, STEPS = 4, 5, 2, 3, 4
 BATCH_SIZES = (3, 3, 2, 1)
 MANY_BATCH_SIZES = (40, 40, 31, 20, 7, 7, 1)
 
@@ -49,7 +49,7 @@ def poisoned_memory():
 def forward_arguments(
     cell, dtype, packed=False, reverse=(0,), save=True, batch=BATCH, hidden=HIDDEN, steps=STEPS, batch_sizes=BATCH_SIZES
 ):
-    """Arguments of ``scan_forward``, in its order."""
+    """Arguments of ``layer_forward``, in its order."""
     projected = cell.endswith("_proj")
     cell = cell.removesuffix("_proj")
     state = PROJECTED if projected else hidden
@@ -64,10 +64,12 @@ def forward_arguments(
     return [
         "numba",
         cell,
-        draw(rows, groups, gate),
+        draw(rows, 1, INPUT),
+        draw(groups, gate, INPUT) / 2,
+        draw(groups, gate),
         draw(groups, gate, state) / 2,
+        draw(groups, gate),
         draw(groups, state, hidden) if projected else None,
-        draw(groups, hidden) if cell == "gru" else None,
         draw(groups, batch, state),
         draw(groups, batch, hidden) if cell == "lstm" else None,
         torch.tensor(batch_sizes) if packed else None,
@@ -76,10 +78,10 @@ def forward_arguments(
     ]
 
 
-def backward_arguments(arguments, absent=()):
-    """Arguments of ``scan_backward`` after ``scan_forward(*arguments)``, without the incoming gradients ``absent``."""
-    backend, cell, _, weight_hh, weight_hr, _, _, _, batch_sizes, reverse, _ = arguments
-    output, h_n, c_n, gates, hidden_prev, cell_prev = ops.scan_forward(*arguments)
+def backward_arguments(arguments, absent=(), examples=1, needs=None):
+    """Arguments of ``layer_backward`` after ``layer_forward(*arguments)``, without the gradients ``absent``."""
+    backend, cell, x, weight_ih, _, weight_hh, _, weight_hr, _, _, batch_sizes, reverse, _ = arguments
+    output, h_n, c_n, gates, hidden_prev, cell_prev = ops.layer_forward(*arguments)
     is_lstm = cell == "lstm"
     incoming = {"d_output": output.cos(), "d_h_n": h_n.cos(), "d_c_n": c_n.cos() if is_lstm else None}
     return [
@@ -89,11 +91,12 @@ def backward_arguments(arguments, absent=()):
         gates,
         hidden_prev,
         cell_prev if is_lstm else None,
-        weight_hh,
-        weight_hr,
+        *(x, weight_ih, weight_hh, weight_hr),
         h_n.shape[1],
         batch_sizes,
         reverse,
+        examples,
+        [True] * 5 + [weight_hr is not None] if needs is None else needs,
     ]
 
 
@@ -103,8 +106,8 @@ def tensors(values):
 
 def run_both(arguments):
     """All results of a forward and a backward scan."""
-    results = ops.scan_forward(*arguments)
-    return [*results, *ops.scan_backward(*backward_arguments(arguments))]
+    results = ops.layer_forward(*arguments)
+    return [*results, *ops.layer_backward(*backward_arguments(arguments))]
 
 
 # What torch.library asks of an operator: schema, fake results, autograd and AOTAutograd with static and dynamic shapes
@@ -114,14 +117,14 @@ def run_both(arguments):
 @forms
 def test_opcheck_of_forward(cell, dtype, packed, reverse):
     arguments = forward_arguments(cell, dtype, packed, reverse)
-    opcheck(ops.scan_forward, arguments)
-    opcheck(ops.scan_forward, [*arguments[:-1], False])
+    opcheck(ops.layer_forward, arguments)
+    opcheck(ops.layer_forward, [*arguments[:-1], False])
 
 
 @cells
 @forms
 def test_opcheck_of_backward(cell, dtype, packed, reverse):
-    opcheck(ops.scan_backward, backward_arguments(forward_arguments(cell, dtype, packed, reverse)))
+    opcheck(ops.layer_backward, backward_arguments(forward_arguments(cell, dtype, packed, reverse)))
 
 
 @cells
@@ -129,7 +132,7 @@ def test_opcheck_of_backward(cell, dtype, packed, reverse):
     "absent", [{"d_output"}, {"d_h_n", "d_c_n"}, {"d_output", "d_h_n"}], ids=lambda names: "_and_".join(sorted(names))
 )
 def test_opcheck_of_backward_with_absent_gradients(cell, absent):
-    opcheck(ops.scan_backward, backward_arguments(forward_arguments(cell, torch.float32), absent))
+    opcheck(ops.layer_backward, backward_arguments(forward_arguments(cell, torch.float32), absent))
 
 
 @cells
@@ -139,19 +142,19 @@ def test_opcheck_of_forward_with_gradients(cell, save):
     arguments = forward_arguments(cell, torch.float64, reverse=(0, 1), save=save)
     for argument in tensors(arguments):
         argument.requires_grad_()
-    opcheck(ops.scan_forward, arguments)
+    opcheck(ops.layer_forward, arguments)
 
 
 @cells
 @both_forms
 def test_derivative_of_the_operator_by_itself(cell, packed):
     arguments = forward_arguments(cell, torch.float64, packed, (0, 1), save=False, hidden=3)
-    places = [index for index, argument in enumerate(arguments) if index in range(2, 8) and argument is not None]
+    places = [index for index, argument in enumerate(arguments) if index in range(2, 10) and argument is not None]
 
     def scan(*leaves):
         for index, leaf in zip(places, leaves, strict=True):
             arguments[index] = leaf
-        return ops.scan_forward(*arguments)[: 3 if cell.startswith("lstm") else 2]
+        return ops.layer_forward(*arguments)[: 3 if cell.startswith("lstm") else 2]
 
     leaves = [arguments[index].requires_grad_() for index in places]
     assert torch.autograd.gradcheck(scan, leaves, fast_mode=True)
@@ -167,10 +170,10 @@ def test_derivative_of_the_operator_by_itself(cell, packed):
 def test_results_never_alias_and_are_no_views(cell, dtype, packed, save):
     arguments = forward_arguments(cell, dtype, packed, (0, 1), save)
     before = [tensor.clone() for tensor in tensors(arguments)]
-    calls = [(tensors(arguments), ops.scan_forward(*arguments))]
+    calls = [(tensors(arguments), ops.layer_forward(*arguments))]
     if save:
         backward = backward_arguments(arguments)
-        calls.append((tensors(backward), ops.scan_backward(*backward)))
+        calls.append((tensors(backward), ops.layer_backward(*backward)))
     for inputs, results in calls:
         storages = [tensor.untyped_storage().data_ptr() for tensor in [*inputs, *results] if tensor.numel()]
         assert len(storages) == len(set(storages)) + _shared(inputs)
@@ -190,8 +193,8 @@ def _shared(inputs):
 
 @cells
 def test_nothing_is_kept_unless_asked_for(cell):
-    lean = ops.scan_forward(*forward_arguments(cell, torch.float32, save=False))
-    saving = ops.scan_forward(*forward_arguments(cell, torch.float32, save=True))
+    lean = ops.layer_forward(*forward_arguments(cell, torch.float32, save=False))
+    saving = ops.layer_forward(*forward_arguments(cell, torch.float32, save=True))
     assert [result.numel() for result in lean[3:]] == [0, 0, 0]
     assert all(result.numel() for result in saving[3:5])
     assert all(torch.equal(*pair) for pair in zip(lean[:3], saving[:3], strict=True))
@@ -229,8 +232,8 @@ def test_odd_sizes_do_not_depend_on_uninitialised_memory(cell, hidden, batch, po
 @both_forms
 def test_the_same_bits_in_every_run_and_with_any_number_of_threads(cell, dtype, packed, monkeypatch):
     used = set()
-    run = numba_scan.run
-    monkeypatch.setattr(numba_scan, "run", lambda *arguments: (used.add(arguments[-1]), run(*arguments)))
+    run = numba_layer.run
+    monkeypatch.setattr(numba_layer, "run", lambda *arguments: (used.add(arguments[-1]), run(*arguments)))
     arguments = forward_arguments(
         cell, dtype, packed, (0, 1), batch=40, hidden=96, steps=9, batch_sizes=MANY_BATCH_SIZES
     )
@@ -255,46 +258,75 @@ def test_the_same_bits_in_every_run_and_with_any_number_of_threads(cell, dtype, 
 @both_forms
 @directions
 def test_forward_against_the_reference(cell, packed, reverse):
-    """In float64, from the operator's own arguments: an identity in place of the input projection."""
+    """In float64, from the operator's own arguments."""
     arguments = forward_arguments(cell, torch.float64, packed, reverse)
-    _, name, gates_x, weight_hh, weight_hr, bias_hn, h0, c0, batch_sizes, _, _ = arguments
-    rows, groups, gate = gates_x.shape
-    identity = torch.eye(groups * gate, dtype=torch.float64).view(groups, gate, groups * gate)
-    bias_ih = bias_hh = None
-    if bias_hn is not None:
-        bias_ih = torch.zeros(groups, gate, dtype=torch.float64)
-        bias_hh = torch.cat([torch.zeros(groups, 2 * HIDDEN, dtype=torch.float64), bias_hn], 1)
-    expected = reference.layer(
-        name, gates_x.view(rows, 1, -1), identity, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse
-    )
-    for mine, theirs in itertools.zip_longest(ops.scan_forward(*arguments)[: 3 if c0 is not None else 2], expected):
+    _, name, *inputs, _, _, _ = arguments
+    expected = reference.layer(name, *inputs, arguments[10], reverse)
+    results = ops.layer_forward(*arguments)[: 3 if name == "lstm" else 2]
+    for mine, theirs in itertools.zip_longest(results, expected):
         if theirs is not None:
             assert_within_rule(mine, theirs, theirs)
+
+
+@cells
+@both_forms
+@directions
+def test_backward_against_the_reference(cell, packed, reverse):
+    """In float64; and a gradient that is not asked for is not there and changes no other."""
+    arguments = forward_arguments(cell, torch.float64, packed, reverse)
+    _, name, *inputs, _, _, _ = arguments
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs]
+    results = reference.layer(name, *leaves, arguments[10], reverse)[: 3 if name == "lstm" else 2]
+    cotangents = [result.detach().cos() for result in results]
+    expected = torch.autograd.grad(results, [leaf for leaf in leaves if leaf is not None], cotangents)
+    gradients = ops.layer_backward(*backward_arguments(arguments))
+    there = [
+        gradient[0] if 1 <= index <= 5 else gradient  # the dimension of examples
+        for index, (gradient, leaf) in enumerate(zip(gradients, leaves, strict=True))
+        if leaf is not None
+    ]
+    for mine, theirs in zip(there, expected, strict=True):
+        assert_within_rule(mine, theirs, theirs)
+    for absent in range(6):
+        needs = [index != absent and (index < 5 or inputs[5] is not None) for index in range(6)]
+        fewer = ops.layer_backward(*backward_arguments(arguments, needs=needs))
+        assert fewer[absent].numel() == 0
+        assert all(
+            torch.equal(a, b) for index, (a, b) in enumerate(zip(fewer, gradients, strict=True)) if index != absent
+        )
 
 
 def test_bad_arguments_are_refused():
     """The operators check what their kernels trust."""
     good = forward_arguments("gru", torch.float32, packed=True)
+    rows = sum(BATCH_SIZES)
     for index, bad in (
-        (2, torch.zeros(sum(BATCH_SIZES) + 1, 1, 3 * HIDDEN)),
-        (3, torch.zeros(1, 3 * HIDDEN, HIDDEN + 1)),
-        (5, torch.zeros(1, HIDDEN - 1)),
-        (6, torch.zeros(1, BATCH - 1, HIDDEN)),
-        (8, torch.tensor([1, 2, 3, 3])),
-        (8, torch.tensor([4, 3, 2])),
-        (8, torch.tensor([3, 3, 2, 2, -1])),
+        (2, torch.zeros(rows + 1, 1, INPUT)),
+        (2, torch.zeros(rows, 2, INPUT)),
+        (3, torch.zeros(1, 3 * HIDDEN, INPUT + 1)),
+        (4, torch.zeros(1, 3 * HIDDEN - 1)),
+        (5, torch.zeros(1, 3 * HIDDEN, HIDDEN + 1)),
+        (6, torch.zeros(1, HIDDEN)),
+        (8, torch.zeros(1, BATCH - 1, HIDDEN)),
+        (10, torch.tensor([1, 2, 3, 3])),
+        (10, torch.tensor([4, 3, 2])),
+        (10, torch.tensor([3, 3, 2, 2, -1])),
+        (11, [0, 1]),
     ):
         with pytest.raises(RuntimeError, match="fastrnn: "):
-            ops.scan_forward(*good[:index], bad, *good[index + 1 :])
+            ops.layer_forward(*good[:index], bad, *good[index + 1 :])
     backward = backward_arguments(good)
     for index, bad in (
         (2, torch.zeros(1, HIDDEN)),
-        (5, torch.zeros(sum(BATCH_SIZES), 1, HIDDEN)),
-        (6, torch.zeros(sum(BATCH_SIZES), 1, HIDDEN + 1)),
-        (10, BATCH - 1),
+        (5, torch.zeros(rows, 1, HIDDEN)),
+        (6, torch.zeros(rows, 1, HIDDEN + 1)),
+        (8, torch.zeros(rows + 1, 1, INPUT)),
+        (9, torch.zeros(1, 3 * HIDDEN, INPUT + 1)),
+        (12, BATCH - 1),
+        (15, 2),
     ):
         with pytest.raises(RuntimeError, match="fastrnn: "):
-            ops.scan_backward(*backward[:index], bad, *backward[index + 1 :])
+            ops.layer_backward(*backward[:index], bad, *backward[index + 1 :])
 
 
 @cells
