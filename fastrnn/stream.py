@@ -9,6 +9,7 @@ from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from . import dispatch
 from .dispatch import choice
 from .modules import _Layer
+from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -73,6 +74,8 @@ class Stream:
             out = empty_like(like)
         else:
             _check_out(out, like)
+            if out.is_neg():  # its memory holds other numbers
+                return out.copy_(self.step(x))
             if x.data_ptr() == out.data_ptr():
                 x = x.clone()
         source = x.data_ptr()
@@ -96,8 +99,7 @@ class Stream:
             given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask should be a bool tensor of shape ({self.batch_size},), got {given}")
         self._settle()
-        for part in self._hx:
-            part[:, mask.to(part.device)] = 0
+        self._hx = tuple(part.masked_fill(mask.to(part.device)[:, None], 0) for part in self._hx)
 
     @property
     def state(self) -> State:
@@ -110,6 +112,7 @@ class Stream:
         return copies if self.module.mode == "LSTM" else copies[0]
 
     @state.setter
+    @torch.inference_mode(False)
     def state(self, hx: State | None) -> None:
         module = self.module
         is_lstm = module.mode == "LSTM"
@@ -126,6 +129,10 @@ class Stream:
             parts = [part.detach().to(weight, copy=True).contiguous() for part in parts]
         self._inner, self._last = [], None
         self._hx = tuple(parts)
+
+    def __getstate__(self) -> dict:
+        self._settle()
+        return {"module": self.module, "batch_size": self.batch_size, "_hx": self._hx, "_inner": [], "_last": None}
 
     def _settle(self) -> None:
         """End the fast path: the state is in ``_hx`` again."""
@@ -146,10 +153,9 @@ class Stream:
         """Whether the fast path was prepared for such an x and for all as it is now: what every step has to ask."""
         if self._last is None or type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return False
-        # together: x is contiguous and (B, I), or (I,) where B = 1
-        if x.numel() != self._numel or x.size(-1) != self._input_size or x.dim() > 2 or not x.is_contiguous():
+        if x.dim() not in self._likes or x.size(-1) != self._input_size or x.numel() != self._numel:
             return False
-        if x.dim() == 1 and self.batch_size > 1:
+        if not x.is_contiguous() or x.is_neg():
             return False
         parameters = self._parameters
         for name, pointer in self._pointers:
@@ -171,30 +177,36 @@ class Stream:
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x should have the shape {' or '.join(map(str, shapes))}, got {given}")
 
+    @torch.inference_mode(False)  # what is kept must be of use outside that mode too
     def _prepare(self, x: Tensor) -> bool:
         """Prepare the fast path for all as it is now, if it can take x; raises ValueError for x of a wrong shape."""
         self._check_shape(x)
         self._settle()
         module, weights, dtype = self.module, self._weights(), x.dtype
-        if weights is None or type(x) is not Tensor or not x.is_contiguous() or is_any_autocast_enabled():
+        if weights is None or type(module).forward is not _Layer.forward or is_any_autocast_enabled():
             return False
-        if not x.is_cpu or dtype not in (torch.float32, torch.float64):
+        if dtype not in (torch.float32, torch.float64) or not _is_as_kernels_take(x, dtype, x.shape):
             return False
-        if any(weight.dtype != dtype or not weight.is_cpu or not weight.is_contiguous() for weight in weights.values()):
-            return False
+        groups, batch, size = module._groups(), self.batch_size, module.proj_size or module.hidden_size
+        gate_size = CELLS[module.mode.lower()].gates * module.hidden_size
+        for layer, group in enumerate(groups):
+            columns = size if layer else module.input_size
+            shapes = ((gate_size, columns), (gate_size, size), (gate_size,), (gate_size,), (size, module.hidden_size))
+            pairs = zip(group, shapes, strict=True)
+            if not all(weight is None or _is_as_kernels_take(weight, dtype, shape) for weight, shape in pairs):
+                return False
         if dispatch.select(dispatch.Call(*module._call(dtype, "cpu"))).backend != "numba":
             return False
         from .kernels.numba_stream import Step
 
-        self._hx = tuple(part.to(dtype) for part in self._hx)
+        self._hx = tuple(part.to(dtype, copy=True) for part in self._hx)
         steps = [
             Step(module.mode.lower(), *group, *(*(part[layer : layer + 1] for part in self._hx), None)[:2])
-            for layer, group in enumerate(module._groups())
+            for layer, group in enumerate(groups)
         ]
-        batch, size = self.batch_size, module.proj_size or module.hidden_size
-        buffers = [torch.empty(batch, size, dtype=dtype) for _ in steps]
+        buffers = [torch.empty(batch, size, dtype=dtype, device="cpu") for _ in steps]
         *self._inner, (self._last, like) = zip(steps, buffers, strict=True)
-        self._likes = {2: like, 1: like[0]}
+        self._likes = {2: like, 1: like[0]} if batch == 1 else {2: like}
         self._dtype, self._numel, self._input_size = dtype, batch * module.input_size, module.input_size
         self._parameters = module._parameters
         self._pointers = [(name, weight.data_ptr()) for name, weight in weights.items()]
@@ -209,8 +221,10 @@ class Stream:
         training = module.training
         module.training = False  # no dropout between the layers
         try:
-            hx = self._hx if module.mode == "LSTM" else self._hx[0]
-            output, final = module(rows.unsqueeze(1 if module.batch_first else 0), hx)
+            hx = tuple(part.to(module.weight_ih_l0) for part in self._hx)
+            output, final = module(
+                rows.unsqueeze(1 if module.batch_first else 0), hx if module.mode == "LSTM" else hx[0]
+            )
         finally:
             module.training = training
         result = output.reshape(-1, output.shape[-1]) if x.dim() == 2 else output.reshape(-1)
@@ -219,6 +233,19 @@ class Stream:
             result = out.copy_(result)
         self._hx = tuple(part.contiguous() for part in final) if module.mode == "LSTM" else (final.contiguous(),)
         return result
+
+
+def _is_as_kernels_take(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel may read a tensor's memory as numbers of ``dtype`` in rows of ``shape``."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
 
 
 def _check_out(out: Tensor, like: Tensor) -> None:

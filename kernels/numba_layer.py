@@ -358,9 +358,9 @@ KEPT_BYTES = 64 << 20
 
 def _prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor as kernels take it: itself where it is that already."""
-    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
-    return tensor.to(dtype).contiguous()
+    return tensor.to(dtype).contiguous().resolve_neg()
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -395,7 +395,7 @@ def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
     # taken, not looked at: what the interpreter runs in between must not use the same memory
     memory, _kept.memory = _kept.memory, None
     if memory is None or memory.numel() < plan.scratch_bytes:
-        memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu")
         use_large_pages(memory)
     address = memory.data_ptr()
     for place, offset in plan.regions:

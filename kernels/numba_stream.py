@@ -40,7 +40,7 @@ class Step:
         )
         plan = make_plan(sizes)
         call = list(plan.values)
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu")
         for place, offset in plan.regions:
             call[place] = scratch.data_ptr() + offset
         # Threads that share the hidden units read one copy of the state and write the other.

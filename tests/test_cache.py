@@ -62,3 +62,26 @@ def test_folder_that_cannot_be_written(tmp_path):
     _, said = first_call(blocked)
     assert "cannot keep its compiled kernels" in said
     assert "FASTRNN_CACHE_DIR" in said
+
+
+TOGETHER = """
+import torch, fastrnn
+for name in {names}:
+    layer, input = getattr(fastrnn, name)(33, 40, dtype=torch.float64), torch.ones(9, 2, 33, dtype=torch.float64)
+    theirs = fastrnn.convert(layer, to="torch")
+    results = [module(input)[0] for module in (layer, theirs)]
+    gradients = [torch.autograd.grad(result.sin().sum(), list(module.parameters()))
+                 for result, module in zip(results, (layer, theirs))]
+    for mine, other in zip([results[0], *gradients[0]], [results[1], *gradients[1]]):
+        assert (mine - other).abs().max() <= 1e-12, name
+"""
+
+
+def test_kernels_of_several_processes_in_one(tmp_path):
+    """Symbols of kernels that different processes compiled must not be taken for one another."""
+    environment = {**os.environ, "FASTRNN_CACHE_DIR": str(tmp_path), "FASTRNN_BACKEND": "numba"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    for names in (["LSTM"], ["GRU"], ["RNN"], ["RNN", "GRU", "LSTM"]):
+        command = [sys.executable, "-c", TOGETHER.format(names=names)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0, process.stderr
