@@ -10,7 +10,7 @@ from . import numba_call as field
 from .numba_scan import Layout, panels_of
 from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import PRODUCTS, take
-from .numba_tile import WIDE, multiply_lines, multiply_panel, pack_lines
+from .numba_tile import WIDE, multiply_lines, multiply_neighbours, neighbour_vectors, pack_lines
 
 # Rows of the input's gradient that one item covers.
 INPUT_ROWS = 96
@@ -19,9 +19,7 @@ INPUT_ROWS = 96
 SUM_ROWS = 64
 # Rows of a weight's gradient that one item covers: as many as give every thread a few items, within these bounds.
 WEIGHT_ROWS_LEAST, WEIGHT_ROWS = 64, 256
-ITEMS_PER_THREAD = 4
-
-_multiply_wide, _multiply_narrow = multiply_panel[WIDE], multiply_panel[1]
+ITEMS_PER_THREAD = 2
 
 
 @jit
@@ -44,28 +42,24 @@ def weight_rows(gradients, gradients_stride, rows, count, source, source_stride,
     bias[n] is the sum of the gradients alone. ``wanted``: 1 for out, 2 for bias, 3 for both.
     """
     vector = lanes(gradients)
-    packed, source_panel = scratch, advance(scratch, SUM_ROWS * WEIGHT_ROWS)
+    packed, panel = scratch, advance(scratch, SUM_ROWS * WEIGHT_ROWS)
     for begin in range(0, count, SUM_ROWS):
         steps, add = min(SUM_ROWS, count - begin), begin > 0
         for n in range(0, rows, vector):
-            panel = advance(packed, n * steps)
-            pack_lines(advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, panel)
+            block = advance(packed, n * steps)
+            pack_lines(advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, block)
             if wanted & 2:
-                _add_up(panel, steps, rows - n, advance(bias, n), add)
-        k = types.int64(0)
-        while wanted & 1 and k < depth:
+                _add_up(block, steps, rows - n, advance(bias, n), add)
+        for k in range(0, depth if wanted & 1 else 0, WIDE * vector):
             left = depth - k
-            # a wide panel that is hardly filled costs as much as a full one
-            vectors = WIDE if left > vector else 1
-            pack_lines(advance(source, begin * source_stride + k), source_stride, steps, vectors, left, source_panel)
+            lines = advance(source, begin * source_stride + k)
+            pack_lines(lines, source_stride, steps, neighbour_vectors(left, vector), left, panel)
             for n in range(0, rows, vector):
                 target = advance(out, n * depth + k)
-                operands = (advance(packed, n * steps), 1, vector, min(vector, rows - n), source_panel, steps)
-                if vectors == WIDE:
-                    _multiply_wide(*operands, target, depth, vector, left, vector, target, depth, add)
-                else:
-                    _multiply_narrow(*operands, target, depth, vector, left, vector, target, depth, add)
-            k += vectors * vector
+                multiply_neighbours(
+                    *(advance(packed, n * steps), 1, vector, min(vector, rows - n), panel, steps),
+                    *(target, depth, left, target, depth, add),
+                )
 
 
 def scratch_size(lanes: int) -> int:
@@ -75,7 +69,7 @@ def scratch_size(lanes: int) -> int:
 
 def make_products(layout: Layout, jit):
     """The function by which every thread of a team computes its share of the gradients."""
-    gate_count, saved_count, _ = layout
+    gate_count, saved_count = layout
     two_sided = saved_count > gate_count
 
     @jit
@@ -99,9 +93,9 @@ def make_products(layout: Layout, jit):
                 gradients, add = advance(dgates, (first * directions + group) * saved_size), group > source * groups
                 if call[field.PACKED] != 0:
                     lines = (group * panels_of(input_size, wide) + panel) * gate_size * wide
-                    _multiply_wide(
+                    multiply_neighbours(
                         *(gradients, directions * saved_size, 1, rows, advance(panels, lines), gate_size),
-                        *(target, stride, vector, columns, vector, target, stride, add),
+                        *(target, stride, columns, target, stride, add),
                     )
                 else:
                     multiply_lines(

@@ -18,10 +18,10 @@ from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run, use_large_pages
-from .numba_scan import LAYOUTS, gate_columns, make_backward_part, make_forward_part, panels_of
+from .numba_scan import LAYOUTS, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, jit, lanes, load, named_jit, store
 from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
-from .numba_tile import WIDE, pack_lines, pack_rows
+from .numba_tile import WIDE, neighbour_vectors, pack_lines, pack_rows
 
 # Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
 FEW_ROWS = 16
@@ -54,18 +54,18 @@ def _combine_biases(call, direction, gate_count, zero):
 
 
 def _make_forward_packing(layout, jit):
-    gate_count, _, vectors = layout
-    panel_units, vector_stride_of, column_step_of = gate_columns(layout, jit)
+    gate_count, vectors, panel_vectors = layout.gates, layout.vectors, layout.panel_vectors
 
     @jit
     def gate_panel(weight, depth, size, panel, panels):
         """Panel number ``panel`` of a weight (G*H, depth)."""
         vector = lanes(weight)
-        unit = panel * panel_units(vector)
-        pack_rows(
-            *(advance(weight, unit * depth), depth, vectors, vector_stride_of(size, vector)),
-            *(size - unit, column_step_of(vector), advance(panels, panel * depth * vectors * vector)),
-        )
+        unit = panel * panel_vectors * vector
+        source, target = advance(weight, unit * depth), advance(panels, panel * depth * vectors * vector)
+        if gate_count > 1:
+            pack_rows(source, depth, vectors, size, size - unit, 0, target)
+        else:
+            pack_rows(source, depth, neighbour_vectors(size - unit, vector), vector, size - unit, vector, target)
 
     @jit
     def packing(call, zero):
@@ -79,7 +79,7 @@ def _make_forward_packing(layout, jit):
         wide = WIDE * vector
         gate_panels = projection_panels = types.int64(0)
         if call[field.PACKED] != 0:
-            gate_panels = panels_of(size, panel_units(vector))
+            gate_panels = panels_of(size, panel_vectors * vector)
             if call[field.WEIGHT_HR] != 0:
                 projection_panels = panels_of(state_size, wide)
         width = gate_panels * vectors * vector
@@ -101,9 +101,10 @@ def _make_forward_packing(layout, jit):
                 )
             elif item < 2 * gate_panels + projection_panels:
                 panel = item - 2 * gate_panels
+                left = state_size - panel * wide
                 pack_rows(
-                    advance(weight_hr, (direction * state_size + panel * wide) * size),
-                    *(size, WIDE, vector, state_size - panel * wide, vector),
+                    *(advance(weight_hr, (direction * state_size + panel * wide) * size), size),
+                    *(neighbour_vectors(left, vector), vector, left, vector),
                     advance(panels_hr, (direction * projection_panels + panel) * wide * size),
                 )
             else:
@@ -118,11 +119,13 @@ def _make_backward_packing(layout, jit):
     @jit
     def line_panels(weight, depth, columns, panels, item):
         """One panel of neighbouring columns of D weights (depth, columns); items count panels, then directions."""
-        wide = WIDE * lanes(weight)
+        vector = lanes(weight)
+        wide = WIDE * vector
         panel, direction = item % panels_of(columns, wide), item // panels_of(columns, wide)
+        left = columns - panel * wide
         pack_lines(
-            *(advance(weight, direction * depth * columns + panel * wide), columns, depth, WIDE),
-            *(columns - panel * wide, advance(panels, item * depth * wide)),
+            *(advance(weight, direction * depth * columns + panel * wide), columns, depth),
+            *(neighbour_vectors(left, vector), left, advance(panels, item * depth * wide)),
         )
 
     @jit
@@ -210,7 +213,7 @@ def kernel(cell: str, backward: bool, itemsize: int) -> int:
 
 # What the plan assumes of a core, per nanosecond: multiply-adds (of 4 bytes), bytes of weights from the L2 cache and
 # from beyond it; and in nanoseconds: a hidden unit's activation functions, and a wait for other threads.
-MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE = 50.0, 100.0, 60.0, 512 << 10
+MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE, UNHIDDEN = 50.0, 100.0, 60.0, 512 << 10, 0.2
 UNIT_NS, WAIT_NS = 1.0, 500.0
 
 
@@ -219,8 +222,11 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     share = -(-panels // members) / panels
     size = weights * itemsize * share
     computing = weights * share * sequences / (MULTIPLY_ADDS * 4 / itemsize)
-    reading = size / (L2_BYTES if size <= L2_SIZE else FAR_BYTES)
-    return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
+    near = size <= L2_SIZE
+    reading = size / (L2_BYTES if near else FAR_BYTES)
+    # what comes from afar is not hidden behind the arithmetic as a whole
+    step = max(computing, reading) + (0 if near else UNHIDDEN * min(computing, reading))
+    return step + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
 def _split(threads, batch, reverse, weights, units, itemsize, shareable) -> tuple[int, int]:
@@ -316,7 +322,10 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
         return -(-columns // wide) * wide
 
     if backward:
-        scratch = max(numba_gradients.scratch_size(lanes), block_rows * size if sizes.projected else 0)
+        scratch = max(
+            numba_gradients.scratch_size(lanes),
+            block_rows * size if sizes.projected else 0,
+        )
         regions = {}
         panels = {
             field.PANELS_HH: gate_size * up(state_size),
@@ -326,8 +335,7 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     else:
         scratch = block_rows * (gate_size + size) + (0 if sizes.needed else block_steps * part_rows * gate_size)
         regions = {field.BIAS: directions * gate_size, field.BIAS_HN: directions * size if sizes.cell == "gru" else 0}
-        units = lanes if layout.gates > 1 else layout.vectors * lanes
-        line = -(-size // units) * layout.vectors * lanes
+        line = -(-size // (layout.panel_vectors * lanes)) * layout.vectors * lanes
         panels = {
             field.PANELS_IH: line * input_size,
             field.PANELS_HH: line * state_size,

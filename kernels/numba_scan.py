@@ -16,7 +16,7 @@ from numba import types
 from . import numba_call as field
 from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import wait_for
-from .numba_tile import WIDE, multiply_lines, multiply_panel, multiply_rows
+from .numba_tile import WIDE, multiply_lines, multiply_neighbours, multiply_panel, multiply_rows, neighbour_vectors
 
 
 @jit
@@ -67,55 +67,38 @@ def part_of(call, part):
 
 
 class Layout(NamedTuple):
-    """How a cell's weights are packed: a compile-time constant of its kernels.
+    """How many blocks of the hidden size a cell has: a compile-time constant of its kernels.
 
-    ``gates`` blocks of the hidden size in W_ih and W_hh, ``saved`` in the reserve; a panel of W_ih and W_hh has
-    ``vectors`` vectors, the gates of the same units, or neighbouring units if there is one gate only.
+    A panel of W_ih and W_hh holds the gates of one vector of units, or neighbouring units if there is one gate only.
     """
 
-    gates: int
-    saved: int
-    vectors: int
+    gates: int  # in W_ih and W_hh
+    saved: int  # in the reserve
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a panel of W_ih and W_hh."""
+        return self.gates if self.gates > 1 else WIDE
+
+    @property
+    def panel_vectors(self) -> int:
+        """Vectors of hidden units that a panel covers."""
+        return 1 if self.gates > 1 else WIDE
 
 
 LAYOUTS = {
-    "rnn_tanh": Layout(gates=1, saved=1, vectors=WIDE),
-    "rnn_relu": Layout(gates=1, saved=1, vectors=WIDE),
-    "gru": Layout(gates=3, saved=4, vectors=3),
-    "lstm": Layout(gates=4, saved=4, vectors=4),
+    "rnn_tanh": Layout(gates=1, saved=1),
+    "rnn_relu": Layout(gates=1, saved=1),
+    "gru": Layout(gates=3, saved=4),
+    "lstm": Layout(gates=4, saved=4),
 }
-
-
-class Columns(NamedTuple):
-    """Where the columns of a cell's panels go: functions of the hidden size, for use inside kernels."""
-
-    units: object
-    stride: object
-    step: object
-
-
-def gate_columns(layout: Layout, jit) -> Columns:
-    """Hidden units of one panel, the stride of its vectors in memory, and how many fewer columns each next one has."""
-    if layout.gates > 1:
-        return Columns(
-            jit(lambda vector: vector),
-            jit(lambda size, vector: size),
-            jit(lambda vector: 0),
-        )
-    vectors = layout.vectors
-    return Columns(
-        jit(lambda vector: vectors * vector),
-        jit(lambda size, vector: vector),
-        jit(lambda vector: vector),
-    )
 
 
 def make_forward_part(layout: Layout, step_forward, jit):
     """The forward time loop of one cell; ``jit`` compiles under the kernel's name."""
-    gate_count, saved_count, vectors = layout
-    multiply = multiply_panel[vectors]
-    multiply_projection = multiply_panel[WIDE]
-    panel_units, vector_stride_of, column_step_of = gate_columns(layout, jit)
+    gate_count, saved_count = layout
+    vectors, panel_vectors = layout.vectors, layout.panel_vectors
+    multiply_gates = multiply_panel[vectors]
 
     @jit
     def gate_product(
@@ -123,15 +106,21 @@ def make_forward_part(layout: Layout, step_forward, jit):
     ):
         """Products with the gates' weights, for the units of some panels: out[r, gate * size + unit]."""
         size, vector = call[field.HIDDEN_SIZE], lanes(a)
-        units = panel_units(vector)
-        stride, step = vector_stride_of(size, vector), column_step_of(vector)
+        units = panel_vectors * vector
         if call[field.PACKED] != 0:
             for panel in range(first_panel, end_panel):
                 unit = panel * units
-                multiply(
-                    *(a, a_stride, 1, rows, advance(panels, panel * depth * vectors * vector), depth),
-                    *(advance(out, unit), out_stride, stride, size - unit, step, advance(addend, unit), 0, add),
-                )
+                lines, target = advance(panels, panel * depth * vectors * vector), advance(out, unit)
+                if gate_count > 1:
+                    multiply_gates(
+                        *(a, a_stride, 1, rows, lines, depth, target, out_stride, size, size - unit, 0),
+                        *(advance(addend, unit), 0, add),
+                    )
+                else:
+                    multiply_neighbours(
+                        *(a, a_stride, 1, rows, lines, depth, target, out_stride, size - unit),
+                        *(advance(addend, unit), 0, add),
+                    )
         else:
             unit = first_panel * units
             count = min(size, end_panel * units) - unit
@@ -151,10 +140,10 @@ def make_forward_part(layout: Layout, step_forward, jit):
         steps, dense = call[field.STEPS], call[field.BATCH_SIZES] == 0
         save, projected = call[field.GATES] != 0, call[field.WEIGHT_HR] != 0
         vector = lanes(as_pointer(call[field.X], zero))
-        panels = panels_of(size, panel_units(vector))
+        panels = panels_of(size, panel_vectors * vector)
         first_panel, end_panel = panels * member // members, panels * (member + 1) // members
-        first_unit = first_panel * panel_units(vector)
-        end_unit = min(size, end_panel * panel_units(vector))
+        first_unit = first_panel * panel_vectors * vector
+        end_unit = min(size, end_panel * panel_vectors * vector)
         # what this thread copies of a state
         first_state, states = (0, state_size) if projected else (first_unit, end_unit - first_unit)
 
@@ -281,10 +270,9 @@ def make_forward_part(layout: Layout, step_forward, jit):
                     if projected and call[field.PACKED] != 0:
                         for panel in range(projection_panels):
                             column = panel * wide
-                            multiply_projection(
+                            multiply_neighbours(
                                 *(unprojected, size, 1, rows, advance(panels_hr, column * size), size),
-                                *(advance(block_new, column), state_size, vector, state_size - column, vector),
-                                *(unprojected, 0, False),
+                                *(advance(block_new, column), state_size, state_size - column, unprojected, 0, False),
                             )
                     elif projected:
                         multiply_rows(
@@ -306,8 +294,7 @@ def make_forward_part(layout: Layout, step_forward, jit):
 
 def make_backward_part(layout: Layout, step_backward, jit):
     """The backward time loop of one cell; ``jit`` compiles under the kernel's name."""
-    gate_count, saved_count, _ = layout
-    multiply = multiply_panel[WIDE]
+    gate_count, saved_count = layout
     # The GRU's n has a gradient of its own on the hidden state's side, and only the GRU's old state has a share of the
     # gradient that passes the product by.
     two_sided = saved_count > gate_count
@@ -320,20 +307,21 @@ def make_backward_part(layout: Layout, step_backward, jit):
         one_side = (gate_count - 1) * size if two_sided else gate_size
         for panel in range(first_panel, end_panel):
             column = panel * wide
-            target, columns = advance(out, column), min(wide, state_size - column)
+            target, columns = advance(out, column), state_size - column
             if call[field.PACKED] != 0:
                 lines = advance(panels, column * gate_size)
-                multiply(
-                    *(dgates, stride, 1, rows, lines, one_side, target, state_size, vector, columns, vector),
+                multiply_neighbours(
+                    *(dgates, stride, 1, rows, lines, one_side, target, state_size, columns),
                     *(target, state_size, two_sided),
                 )
                 if two_sided:
-                    multiply(
-                        *(advance(dgates, gate_size), stride, 1, rows, advance(lines, one_side * wide), size),
-                        *(target, state_size, vector, columns, vector, target, state_size, True),
+                    lines = advance(lines, one_side * neighbour_vectors(columns, vector) * vector)
+                    multiply_neighbours(
+                        *(advance(dgates, gate_size), stride, 1, rows, lines, size),
+                        *(target, state_size, columns, target, state_size, True),
                     )
             else:
-                lines = advance(weight, column)
+                lines, columns = advance(weight, column), min(wide, columns)
                 multiply_lines(
                     dgates, stride, rows, lines, state_size, one_side, columns, target, state_size, two_sided
                 )
@@ -398,13 +386,14 @@ def make_backward_part(layout: Layout, step_backward, jit):
                         *(rows, state_size),
                     )
                     for column in range(0, size, wide):
-                        target, columns = advance(d_unprojected, column), min(wide, size - column)
+                        target, columns = advance(d_unprojected, column), size - column
                         if call[field.PACKED] != 0:
-                            multiply(
+                            multiply_neighbours(
                                 *(block_d_hidden, state_size, 1, rows, advance(panels_hr, column * state_size)),
-                                *(state_size, target, size, vector, columns, vector, target, size, False),
+                                *(state_size, target, size, columns, target, size, False),
                             )
                         else:
+                            columns = min(wide, columns)
                             multiply_lines(
                                 *(block_d_hidden, state_size, rows, advance(weight_hr, column), size, state_size),
                                 *(columns, target, size, False),

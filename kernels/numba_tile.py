@@ -4,7 +4,7 @@ A tile of up to 8 rows x 4 vectors of columns stays in registers over the whole 
 packed into panels of as many columns, ``panel[k * line + column]``, so that the inner loop reads them in order. The
 vectors of a panel are either neighbours (``vector_stride`` = ``column_step`` = the lanes of a vector) or hold the
 gates of the same hidden units (``vector_stride`` = the hidden size, ``column_step`` = 0), which one thread then owns
-as a whole.
+as a whole. The last panel of neighbours is narrower where it would be half empty.
 
 Strides count elements. Every sum runs over k in the same order whatever the tile, so that results do not depend on how
 rows and columns are shared out.
@@ -379,6 +379,28 @@ def _make_multiply(vectors: int):
 
 
 multiply_panel = {vectors: _make_multiply(vectors) for vectors in _TILE_ROWS}
+_multiply_1, _multiply_2, _multiply_wide = multiply_panel[1], multiply_panel[2], multiply_panel[WIDE]
+
+
+@jit
+def neighbour_vectors(columns, vector):
+    """Vectors of the next panel of neighbours, where ``columns`` are left: a wide one is not left half empty."""
+    return WIDE if columns > 2 * vector else 2 if columns > vector else 1
+
+
+@jit
+def multiply_neighbours(a, a_stride, a_step, rows, panel, depth, out, out_stride, columns, addend, by, add):
+    """``multiply`` for a panel of neighbouring columns, where ``columns`` are left to the end of the matrix."""
+    vector = lanes(a)
+    vectors = neighbour_vectors(columns, vector)
+    if vectors == WIDE:
+        _multiply_wide(
+            a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add
+        )
+    elif vectors == 2:
+        _multiply_2(a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add)
+    else:
+        _multiply_1(a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add)
 
 
 @jit
