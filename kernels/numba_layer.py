@@ -213,7 +213,7 @@ def kernel(cell: str, backward: bool, itemsize: int) -> int:
 
 # What the plan assumes of a core, per nanosecond: multiply-adds (of 4 bytes), bytes of weights from the L2 cache and
 # from beyond it; and in nanoseconds: a hidden unit's activation functions, and a wait for other threads.
-MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE, UNHIDDEN = 50.0, 100.0, 60.0, 512 << 10, 0.2
+MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE = 50.0, 100.0, 60.0, 512 << 10
 UNIT_NS, WAIT_NS = 1.0, 500.0
 
 
@@ -222,11 +222,8 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     share = -(-panels // members) / panels
     size = weights * itemsize * share
     computing = weights * share * sequences / (MULTIPLY_ADDS * 4 / itemsize)
-    near = size <= L2_SIZE
-    reading = size / (L2_BYTES if near else FAR_BYTES)
-    # what comes from afar is not hidden behind the arithmetic as a whole
-    step = max(computing, reading) + (0 if near else UNHIDDEN * min(computing, reading))
-    return step + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
+    reading = size / (L2_BYTES if size <= L2_SIZE else FAR_BYTES)
+    return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
 def _split(threads, batch, reverse, weights, units, itemsize, shareable) -> tuple[int, int]:
