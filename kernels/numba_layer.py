@@ -368,6 +368,13 @@ def _prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype).contiguous().resolve_neg()
 
 
+def _new(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a result, of the dtype of ``like``."""
+    tensor = like.new_empty(shape)
+    use_large_pages(tensor)
+    return tensor
+
+
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -447,13 +454,12 @@ def layer_forward(
     hidden = _copied(h0, compute)
     cell_state = None if c0 is None else _copied(c0, compute)
     directions, size = weight_hh.shape[0], weight_hh.shape[1] // LAYOUTS[cell].gates
-    output = x.new_empty(rows, directions * state_size)
+    output = _new(x, rows, directions * state_size)
     gates = hidden_prev = cell_prev = None
     if save:
-        gates = x.new_empty(rows, directions, LAYOUTS[cell].saved * size)
-        use_large_pages(gates)
-        hidden_prev = x.new_empty(rows, directions, state_size)
-        cell_prev = None if c0 is None else x.new_empty(rows, directions, size)
+        gates = _new(x, rows, directions, LAYOUTS[cell].saved * size)
+        hidden_prev = _new(x, rows, directions, state_size)
+        cell_prev = None if c0 is None else _new(x, rows, directions, size)
     if rows:
         _, sources, input_size = x.shape
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
@@ -515,7 +521,7 @@ def layer_backward(
     new = x.new_empty if rows else x.new_zeros
     d_hidden = state_gradient(d_h_n, state_size)
     d_cell = None if cell_prev is None else state_gradient(d_c_n, size)
-    dx = new(rows, sources, input_size) if needs_x else None
+    dx = _new(x, rows, sources, input_size) if needs_x else None
     d_weight_ih = new(examples, directions, gate_size, input_size) if needs_weight_ih else None
     d_bias_ih = new(examples, directions, gate_size) if needs_bias_ih else None
     d_weight_hh = new(examples, directions, gate_size, state_size) if needs_weight_hh else None
@@ -527,7 +533,7 @@ def layer_backward(
             i, f, g, o = gates.chunk(4, -1)
             unprojected = o * torch.tanh(f * cell_prev + i * g)
         # a reserve that was converted is a copy already
-        dgates = gates if overwrite or gates is not saved else torch.empty_like(gates)
+        dgates = gates if overwrite or gates is not saved else _new(gates, *gates.shape)
         d_projected = None if weight_hr is None else x.new_empty(rows, directions, state_size)
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(
