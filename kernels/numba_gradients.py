@@ -14,9 +14,12 @@ from .numba_tile import WIDE, multiply_lines, multiply_neighbours, neighbour_vec
 
 # Rows of the input's gradient that one item covers.
 INPUT_ROWS = 96
-# Time steps of one partial sum of a weight's gradient. One float32 sum over thousands of steps would lose digits:
-# torch.nn adds up one product a step. Both operands of one partial sum stay in the L1 cache.
-SUM_ROWS = 64
+# Time steps of one partial sum of a weight's gradient, at least and at most. One float32 sum over thousands of steps
+# would lose digits: torch.nn adds up one product a step. Too many partial sums would lose as many.
+SUM_ROWS, MOST_SUM_ROWS = 64, 256
+MANY_SUMS = 128
+# Partial sums of a bias's gradient that are added up before they go to the whole: torch.nn's sum is one of pairs.
+BIAS_SUMS = 16
 # Rows of a weight's gradient that one item covers: as many as give every thread a few items, within these bounds.
 WEIGHT_ROWS_LEAST, WEIGHT_ROWS = 64, 256
 ITEMS_PER_THREAD = 2
@@ -26,9 +29,18 @@ ITEMS_PER_THREAD = 2
 def _add_up(panel, count, columns, target, add):
     """target[c] (+)= sum of panel[r, c] over r < count, for one vector of columns."""
     vector = lanes(panel)
-    total = load(panel, 0, vector)
-    for row in range(1, count):
-        total = total + load(panel, row * vector, vector)
+    # four sums side by side, each a quarter as long
+    a, b = load(panel, 0, 0), load(panel, 0, 0)
+    c, d = load(panel, 0, 0), load(panel, 0, 0)
+    full = count - count % 4
+    for row in range(0, full, 4):
+        a = a + load(panel, row * vector, vector)
+        b = b + load(panel, (row + 1) * vector, vector)
+        c = c + load(panel, (row + 2) * vector, vector)
+        d = d + load(panel, (row + 3) * vector, vector)
+    for row in range(full, count):
+        a = a + load(panel, row * vector, vector)
+    total = (a + b) + (c + d)
     if add:
         total = total + load(target, 0, columns)
     store(target, 0, columns, total)
@@ -42,14 +54,23 @@ def weight_rows(gradients, gradients_stride, rows, count, source, source_stride,
     bias[n] is the sum of the gradients alone. ``wanted``: 1 for out, 2 for bias, 3 for both.
     """
     vector = lanes(gradients)
-    packed, panel = scratch, advance(scratch, SUM_ROWS * WEIGHT_ROWS)
-    for begin in range(0, count, SUM_ROWS):
-        steps, add = min(SUM_ROWS, count - begin), begin > 0
+    packed, panel = scratch, advance(scratch, MOST_SUM_ROWS * WEIGHT_ROWS)
+    bias_sums = advance(panel, MOST_SUM_ROWS * WIDE * vector)
+    at_once = types.int64(SUM_ROWS)
+    while at_once < MOST_SUM_ROWS and count > MANY_SUMS * at_once:
+        at_once *= 2
+    blocks = (count + at_once - 1) // at_once
+    for index in range(blocks):
+        begin = index * at_once
+        steps, add = min(at_once, count - begin), index > 0
         for n in range(0, rows, vector):
             block = advance(packed, n * steps)
             pack_lines(advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, block)
             if wanted & 2:
-                _add_up(block, steps, rows - n, advance(bias, n), add)
+                _add_up(block, steps, vector, advance(bias_sums, n), index % BIAS_SUMS > 0)
+        if wanted & 2 and (index % BIAS_SUMS == BIAS_SUMS - 1 or index == blocks - 1):
+            for n in range(0, rows, vector):
+                _add_up(advance(bias_sums, n), 1, rows - n, advance(bias, n), index >= BIAS_SUMS)
         for k in range(0, depth if wanted & 1 else 0, WIDE * vector):
             left = depth - k
             lines = advance(source, begin * source_stride + k)
@@ -64,7 +85,7 @@ def weight_rows(gradients, gradients_stride, rows, count, source, source_stride,
 
 def scratch_size(lanes: int) -> int:
     """Values of scratch that one thread needs here, for vectors of ``lanes`` values."""
-    return SUM_ROWS * (WEIGHT_ROWS + WIDE * lanes)
+    return MOST_SUM_ROWS * (WEIGHT_ROWS + WIDE * lanes) + WEIGHT_ROWS
 
 
 def make_products(layout: Layout, jit):
