@@ -7,6 +7,7 @@ call, allocates what it writes, and makes the arrays contiguous.
 
 import functools
 import itertools
+import math
 import threading
 from typing import NamedTuple
 
@@ -211,9 +212,11 @@ def kernel(cell: str, backward: bool, itemsize: int) -> int:
     return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))
 
 
-# What the plan assumes of a core, per nanosecond: multiply-adds (of 4 bytes), bytes of weights from the L2 cache and
-# from beyond it; and in nanoseconds: a hidden unit's activation functions, and a wait for other threads.
-MULTIPLY_ADDS, L2_BYTES, FAR_BYTES, L2_SIZE = 50.0, 100.0, 60.0, 512 << 10
+# What the plan assumes of a core: multiply-adds (of 4 bytes) per nanosecond; bytes of weights that it reads per
+# nanosecond, by the bytes up to which that holds (from the L2 cache, from a shared one, from one that is mostly full);
+# nanoseconds of a hidden unit's activation functions, and of a wait for other threads.
+MULTIPLY_ADDS = 50.0
+READING = ((512 << 10, 100.0), (8 << 20, 60.0), (math.inf, 40.0))
 UNIT_NS, WAIT_NS = 1.0, 500.0
 
 
@@ -222,7 +225,7 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     share = -(-panels // members) / panels
     size = weights * itemsize * share
     computing = weights * share * sequences / (MULTIPLY_ADDS * 4 / itemsize)
-    reading = size / (L2_BYTES if size <= L2_SIZE else FAR_BYTES)
+    reading = size / next(rate for most, rate in READING if size <= most)
     return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
