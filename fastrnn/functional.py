@@ -60,7 +60,7 @@ def _grouped(inputs: _Inputs) -> _Inputs:
     return _Inputs(inputs.x.unsqueeze(1), *weights, inputs.h0, inputs.c0)
 
 
-def _is_plain(tensors) -> bool:
+def is_plain(tensors) -> bool:
     """Whether nobody looks at operators and all tensors are ordinary, so that kernels may be called directly."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
@@ -71,7 +71,7 @@ def _is_plain(tensors) -> bool:
 
 
 def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bool) -> tuple[Tensor, ...]:
-    if _is_plain(inputs):
+    if is_plain(inputs):
         with torch.no_grad():
             return ops.layer_forward_on(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save)
     # past the operator's own derivative, which would cost 10 µs and do nothing here
@@ -125,7 +125,7 @@ class Scan(Function):
 
 def _is_last_use(gates: Tensor) -> bool:
     """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
-    return _is_plain((gates,)) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return is_plain((gates,)) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _layer_gradients(ctx, d_output, d_h_n, d_c_n):

@@ -8,6 +8,7 @@ its errors are ours by construction.
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -401,11 +403,16 @@ class LSTM(_Layer):
     permute_hidden = nn.LSTM.permute_hidden
 
 
+# For every cell the calls of single steps that were prepared for it, by all that they depend on.
+_prepared_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 class _Cell(RNNCellBase):
     """What the three cells share; ``_torch`` is the torch.nn class that a subclass stands in for."""
 
     _torch: ClassVar[type[RNNCellBase]]
     _is_lstm: ClassVar[bool] = False
+    _weight_names: ClassVar[tuple[str, ...]] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def _mode(self) -> str:
         return {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}[self._torch]
@@ -426,6 +433,8 @@ class _Cell(RNNCellBase):
         """
         if isinstance(input, torch.fx.Proxy):
             return _as_call_module(self, input, hx)
+        if hx is not None and not torch.is_grad_enabled() and (final := self._step(input, hx)) is not None:
+            return final
         prepared = self._prepare(input, hx)
         if prepared is None:
             return self._torch.forward(self, input, hx)
@@ -446,6 +455,58 @@ class _Cell(RNNCellBase):
         )
         final = [part[0, 0] if unbatched else part[0] for part in final]
         return tuple(final) if self._is_lstm else final[0]
+
+    def _step(self, input, hx):
+        """The step of a batch, without gradients, by a call that was prepared before; None if it is no such call.
+
+        A loop over time in Python is made of these: checks that are made once would cost more than the arithmetic.
+        """
+        state = tuple(hx) if self._is_lstm and isinstance(hx, tuple | list) else (hx,)
+        if torch.compiler.is_dynamo_compiling() or len(state) != 1 + self._is_lstm:
+            return None
+        if dispatch.choice.name not in (None, "numba"):
+            return None
+        parameters = self._parameters
+        weights = [parameters.get(name) for name in self._weight_names]
+        tensors = (input, *state)
+        if not functional.is_plain((*tensors, *weights)) or torch._C._is_any_autocast_enabled():
+            return None
+        for tensor, columns in zip(tensors, (self.input_size, self.hidden_size, self.hidden_size), strict=False):
+            if tensor is None or tensor.dim() != 2 or tensor.shape[1] != columns or tensor.shape[0] != input.shape[0]:
+                return None
+            if tensor.dtype is not input.dtype or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg():
+                return None
+        key = (
+            *(self._mode(), input.shape[0], input.dtype, torch.get_num_threads(), dispatch.choice.name),
+            *[None if weight is None else (weight.data_ptr(), weight.numel()) for weight in weights],
+        )
+        prepared = _prepared_steps.setdefault(self, {})
+        step = prepared.pop(key, None)  # taken: another thread that calls the same cell prepares its own
+        if step is None:
+            if not self._is_kernels(input, state, weights):
+                return None
+            from .kernels.numba_stream import CellStep
+
+            step = CellStep(self._mode(), input.shape[0], weights)
+            prepared.clear()  # those for other sizes or former weights
+        final = step(*tensors)
+        prepared[key] = step
+        return final if self._is_lstm else final[0]
+
+    def _is_kernels(self, input, state, weights) -> bool:
+        """Whether the kernel for single steps takes a batch's step."""
+        if input.numel() == 0 or input.dtype not in (torch.float32, torch.float64):
+            return False
+        if not self._is_ordinary(input, state, [weight for weight in weights if weight is not None]):
+            return False
+        gate_size = CELLS[self._mode()].gates * self.hidden_size
+        shapes = ((gate_size, self.input_size), (gate_size, self.hidden_size), (gate_size,), (gate_size,))
+        for weight, shape in zip(weights, shapes, strict=True):
+            if weight is None and (len(shape) == 2 or self.bias):
+                return False
+            if weight is not None and (weight.shape != shape or not weight.is_contiguous() or weight.is_neg()):
+                return False
+        return _select(self._call(input.dtype, "cpu")) == "numba"
 
     def _prepare(self, input, hx):
         """Backend, state, weights and dtype of a call, or None to leave it to torch.nn."""

@@ -98,8 +98,7 @@ class Stream:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask should be a bool tensor of shape ({self.batch_size},), got {given}")
-        self._settle()
-        self._hx = tuple(part.masked_fill(mask.to(part.device)[:, None], 0) for part in self._hx)
+        self._set([part.masked_fill(mask.to(part.device)[:, None], 0) for part in self._settled()])
 
     @property
     def state(self) -> State:
@@ -107,8 +106,7 @@ class Stream:
 
         Assign such a state, or None for zeros, to go on from there.
         """
-        self._settle()
-        copies = tuple(part.clone() for part in self._hx)
+        copies = tuple(part.clone() for part in self._settled())
         return copies if self.module.mode == "LSTM" else copies[0]
 
     @state.setter
@@ -127,19 +125,25 @@ class Stream:
             if given != shapes:
                 raise ValueError(f"the state should have the shapes {shapes}, got {given}")
             parts = [part.detach().to(weight, copy=True).contiguous() for part in parts]
-        self._inner, self._last = [], None
-        self._hx = tuple(parts)
+        self._set(parts)
 
     def __getstate__(self) -> dict:
-        self._settle()
-        return {"module": self.module, "batch_size": self.batch_size, "_hx": self._hx, "_inner": [], "_last": None}
+        hx = self._settled()
+        return {"module": self.module, "batch_size": self.batch_size, "_hx": hx, "_inner": [], "_last": None}
 
-    def _settle(self) -> None:
-        """End the fast path: the state is in ``_hx`` again."""
+    def _settled(self) -> tuple[Tensor, ...]:
+        """``_hx``, after the fast path has brought the state there: where it may be read and, by ``_set``, changed."""
         if self._last is not None:
             for step in (*(step for step, _ in self._inner), self._last):
                 step.settle()
-            self._inner, self._last = [], None
+        return self._hx
+
+    def _set(self, parts: list[Tensor]) -> None:
+        if self._last is None:
+            self._hx = tuple(parts)
+            return
+        for part, new in zip(self._settled(), parts, strict=True):
+            part.copy_(new)
 
     def _weights(self) -> dict[str, Tensor] | None:
         """The module's weights by name; None if some are computed anew whenever they are asked for."""
@@ -158,9 +162,9 @@ class Stream:
         if not x.is_contiguous() or x.is_neg():
             return False
         parameters = self._parameters
-        for name, pointer in self._pointers:
+        for name, pointer, count in self._pointers:
             weight = parameters.get(name)
-            if weight is None or weight.data_ptr() != pointer:
+            if weight is None or weight.data_ptr() != pointer or weight.numel() != count:
                 return False
         return (
             choice.name == self._backend
@@ -181,7 +185,8 @@ class Stream:
     def _prepare(self, x: Tensor) -> bool:
         """Prepare the fast path for all as it is now, if it can take x; raises ValueError for x of a wrong shape."""
         self._check_shape(x)
-        self._settle()
+        hx = self._settled()
+        self._inner, self._last = [], None
         module, weights, dtype = self.module, self._weights(), x.dtype
         if weights is None or type(module).forward is not _Layer.forward or is_any_autocast_enabled():
             return False
@@ -199,9 +204,9 @@ class Stream:
             return False
         from .kernels.numba_stream import Step
 
-        self._hx = tuple(part.to(dtype, copy=True) for part in self._hx)
+        self._hx = tuple(part.to(dtype, copy=True) for part in hx)
         steps = [
-            Step(module.mode.lower(), *group, *(*(part[layer : layer + 1] for part in self._hx), None)[:2])
+            Step(module.mode.lower(), group, *(*(part[layer : layer + 1] for part in self._hx), None)[:2])
             for layer, group in enumerate(groups)
         ]
         buffers = [torch.empty(batch, size, dtype=dtype, device="cpu") for _ in steps]
@@ -209,7 +214,7 @@ class Stream:
         self._likes = {2: like, 1: like[0]} if batch == 1 else {2: like}
         self._dtype, self._numel, self._input_size = dtype, batch * module.input_size, module.input_size
         self._parameters = module._parameters
-        self._pointers = [(name, weight.data_ptr()) for name, weight in weights.items()]
+        self._pointers = [(name, weight.data_ptr(), weight.numel()) for name, weight in weights.items()]
         self._threads, self._backend = get_num_threads(), choice.name
         return True
 

@@ -28,8 +28,9 @@ from .numba_tile import WIDE, neighbour_vectors, pack_lines, pack_rows
 FEW_ROWS = 16
 # Multiply-adds that make another thread worth its start (a few microseconds).
 WORK_PER_THREAD = 100_000
-# Bytes of gates that one block of rows, and one block of time steps, may take: shares of the L2 cache.
-BLOCK_BYTES, PROJECTION_BYTES = 192 << 10, 256 << 10
+# Bytes of gates that one block of rows, and one block of time steps, may take: shares of the L2 cache. But a block of
+# time steps has so many rows at least: for fewer, reading the projection's weights takes longer than the products.
+BLOCK_BYTES, PROJECTION_BYTES, PROJECTION_ROWS = 192 << 10, 256 << 10, 96
 
 
 @jit
@@ -303,7 +304,8 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
         threads = min(threads, len(parts) * members)
     part_rows = max(end - first for _, _, first, end in parts)
     block_rows = min(max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6)), part_rows)
-    block_steps = max(1, min(sizes.steps, PROJECTION_BYTES // (part_rows * gate_size * itemsize)))
+    projected_rows = max(PROJECTION_ROWS, PROJECTION_BYTES // (gate_size * itemsize))
+    block_steps = max(1, min(sizes.steps, projected_rows // part_rows))
     packed = sizes.rows > FEW_ROWS
 
     table = field.PART_BARRIERS + (8 * len(parts) if members > 1 else 0)

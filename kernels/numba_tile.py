@@ -73,7 +73,7 @@ def _tile(
     literals = isinstance(rows, types.IntegerLiteral) and isinstance(vectors, types.IntegerLiteral)
     if not literals or not isinstance(packed, types.BooleanLiteral):
         return None
-    row_count, vector_count, a_type = rows.literal_value, vectors.literal_value, a.dtype
+    row_count, vector_count, alignment = rows.literal_value, vectors.literal_value, a.dtype.bitwidth // 8
     scalar = ir.FloatType() if a.dtype == types.float32 else ir.DoubleType()
     lane_count = VECTOR_BYTES * 8 // a.dtype.bitwidth
     vector = ir.VectorType(scalar, lane_count)
@@ -82,7 +82,10 @@ def _tile(
     def codegen(context, builder, sig, args):
         a, a_stride, a_step, panel, line_size, depth, out, out_stride, vector_stride = args[3:12]
         columns, column_step, addend, addend_stride, add = args[12:]
-        a_rows = [builder.gep(a, [builder.mul(a_stride, index(r))]) for r in range(row_count)]
+        a_rows, out_rows, addend_rows = (
+            [builder.gep(pointer, [builder.mul(stride, index(r))]) for r in range(row_count)]
+            for pointer, stride in ((a, a_stride), (out, out_stride), (addend, addend_stride))
+        )
         counts = [builder.sub(columns, builder.mul(column_step, index(v))) for v in range(vector_count)]
         masks = [lane_mask(builder, count, lane_count) for count in counts]
         spots = [(r, v) for r in range(row_count) for v in range(vector_count)]
@@ -105,7 +108,7 @@ def _tile(
         for v in range(vector_count):
             spot = builder.gep(line, [index(v * lane_count)])
             if packed.literal_value:
-                weights.append(builder.load(builder.bitcast(spot, vector.as_pointer()), align=a_type.bitwidth // 8))
+                weights.append(builder.load(builder.bitcast(spot, vector.as_pointer()), align=alignment))
             else:
                 weights.append(masked_load(builder, vector, spot, masks[v]))
         activations = [broadcast(builder, builder.load(builder.gep(row, [a_offset])), lane_count) for row in a_rows]
@@ -122,14 +125,25 @@ def _tile(
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
 
         builder.position_at_end(after)
-        addend_masks = [builder.and_(mask, broadcast(builder, add, lane_count)) for mask in masks]
-        for (r, v), total in zip(spots, updated, strict=True):
-            column = builder.mul(vector_stride, index(v))
-            target = builder.gep(out, [builder.add(builder.mul(out_stride, index(r)), column)])
-            source = builder.gep(addend, [builder.add(builder.mul(addend_stride, index(r)), column)])
-            # added last: a sum that starts from a large value loses the digits of the small ones
-            total = builder.fadd(total, masked_load(builder, vector, source, addend_masks[v]))
-            masked_store(builder, total, target, masks[v])
+        offsets = [builder.mul(vector_stride, index(v)) for v in range(vector_count)]
+        targets = [builder.gep(out_rows[r], [offsets[v]]) for r, v in spots]
+        sources = [builder.gep(addend_rows[r], [offsets[v]]) for r, v in spots]
+        # added last: a sum that starts from a large value loses the digits of the small ones
+        with builder.if_else(builder.icmp_signed(">=", counts[-1], index(lane_count))) as (full, partial):
+            with full, builder.if_else(add) as (adding, storing):
+                with adding:
+                    for total, target, source in zip(updated, targets, sources, strict=True):
+                        before = builder.load(builder.bitcast(source, vector.as_pointer()), align=alignment)
+                        spot = builder.bitcast(target, vector.as_pointer())
+                        builder.store(builder.fadd(total, before), spot, align=alignment)
+                with storing:
+                    for total, target in zip(updated, targets, strict=True):
+                        builder.store(total, builder.bitcast(target, vector.as_pointer()), align=alignment)
+            with partial:
+                for (_, v), total, target, source in zip(spots, updated, targets, sources, strict=True):
+                    wanted = builder.and_(masks[v], broadcast(builder, add, lane_count))
+                    total = builder.fadd(total, masked_load(builder, vector, source, wanted))
+                    masked_store(builder, total, target, masks[v])
         return context.get_dummy_value()
 
     i64 = types.int64
