@@ -59,7 +59,7 @@ def plot(rows: Sequence[dict[str, str]], path: Path) -> None:
     bottom.set_xlabel("time of torch.nn / time of fastrnn: right of 1 is faster")
     figure.suptitle(f"fastrnn against torch.nn\n{common}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150 if sum(sizes) < 60 else 80)
     pyplot.close(figure)
 
 
