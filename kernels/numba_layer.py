@@ -208,6 +208,7 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
 
 @functools.cache
 def kernel(cell: str, backward: bool, itemsize: int) -> int:
+    """The address of a cell's kernel for one pass, in float32 or, for an ``itemsize`` of 8, in float64."""
     dtype = torch.float32 if itemsize == 4 else torch.float64
     name = f"{cell}_{'backward' if backward else 'forward'}_{str(dtype).removeprefix('torch.')}"
     return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))

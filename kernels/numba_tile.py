@@ -284,7 +284,8 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
 def _make_multiply(vectors: int):
     """``multiply`` for panels of ``vectors`` vectors."""
     largest = _TILE_ROWS[vectors]
-    # what the largest tiles leave over is covered by one smaller tile of each kind at most
+    # What the largest tiles leave over is covered by one smaller tile of each kind at most. Their calls are written out
+    # because literals do not survive a tuple of arguments.
     middle = 4 if largest > 4 else 2
 
     @named_jit(f"{vectors}_vectors")
@@ -449,28 +450,31 @@ def multiply_rows(a, a_stride, rows, weight, depth, columns, out, out_stride, ad
 def multiply_lines(a, a_stride, rows, weight, line, depth, columns, out, out_stride, add):
     """``out[r, n] (+)= sum_k a[r, k] * weight[k * line + n]``, weights as torch keeps them; for few rows."""
     vector = lanes(a)
-    for column in range(0, columns, WIDE * vector):
-        for row in range(rows):
-            a_row, out_row = advance(a, row * a_stride), advance(out, row * out_stride + column)
-            _tile(
-                1,
-                WIDE,
-                False,
-                a_row,
-                a_stride,
-                1,
-                advance(weight, column),
-                line,
-                depth,
-                out_row,
-                out_stride,
-                vector,
-                columns - column,
-                vector,
-                out_row,
-                out_stride,
-                add,
-            )
+    for begin in range(0, depth, DEPTH_BLOCK):
+        count = min(DEPTH_BLOCK, depth - begin)
+        for column in range(0, columns, WIDE * vector):
+            lines = advance(weight, begin * line + column)
+            for row in range(rows):
+                a_row, out_row = advance(a, row * a_stride + begin), advance(out, row * out_stride + column)
+                _tile(
+                    1,
+                    WIDE,
+                    False,
+                    a_row,
+                    a_stride,
+                    1,
+                    lines,
+                    line,
+                    count,
+                    out_row,
+                    out_stride,
+                    vector,
+                    columns - column,
+                    vector,
+                    out_row,
+                    out_stride,
+                    add or begin > 0,
+                )
 
 
 @jit

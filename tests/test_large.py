@@ -14,6 +14,7 @@ from bench.workloads import Workload
         ("GRU", 1024, 2, 16),
         ("LSTM", 512, 8, 16),
         ("LSTM", 512, 1, 24),
+        ("LSTM", 1024, 4, 2),  # so few rows that the weights are not packed
         ("GRU", 24, 1000, 24),
         ("LSTM", 16, 3000, 20),
         ("RNN", 8, 40, 2000),
