@@ -50,12 +50,14 @@ class _Backend(NamedTuple):
     module: str | None  # the module with can_run, layer_forward and layer_backward; None: plain torch
     requires: str | None  # the package that the module imports
     about: str
+    only_named: bool = False  # runs only when it is named
 
 
 _TABLE = {
     "numba": _Backend("fastrnn.kernels.numba_layer", "numba", "fused kernels for CPUs, compiled by Numba"),
+    "triton": _Backend("fastrnn.kernels.triton_layer", "triton", "fused kernels for GPUs, compiled by Triton", True),
     "torch": _Backend(None, None, "torch.nn's own kernels; takes whatever torch.nn takes"),
-    "reference": _Backend(None, None, "plain torch operations, the specification; runs only when named"),
+    "reference": _Backend(None, None, "plain torch operations, the specification; runs only when named", True),
 }
 
 
@@ -137,7 +139,9 @@ def _select(call: Call, chosen: str | None) -> Selection:
             )
         return Selection(chosen, ())
     passed_over = []
-    for name in _TABLE:
+    for name, backend in _TABLE.items():
+        if backend.only_named:
+            continue
         reason = _objection(name, call)
         if reason is None:
             return Selection(name, tuple(passed_over))

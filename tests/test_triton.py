@@ -1,0 +1,220 @@
+"""The Triton backend in Triton's interpreter: every kernel and every way to cut it up keeps the tolerance rule."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same_as_torch, make_pair, random_packed, random_state, run
+
+import fastrnn
+from fastrnn.kernels import triton_layer
+from fastrnn.kernels.triton_tiles import AMD, AMPERE, HOPPER, Tiles, choose_tiles
+from fastrnn.reference import CELLS
+
+# Ways to cut up a scan, by what choose_tiles would say: one program for all units, which the interpreter runs for all
+# steps at once; programs that share them, with all weights resident, some or none; and one program that exchanges the
+# state with itself, so that arriving and waiting run too.
+WAYS = ("alone", "shared", "streamed_in_part", "streamed", "with_itself")
+
+
+def tiles_for(way):
+    def choose(cell, backward, hidden_size, groups, batch_tiles, itemsize, limits):
+        gates = CELLS[cell].gates
+        if way == "alone":
+            units = max(16, 1 << (hidden_size - 1).bit_length())
+            depth = units * (4 if gates > 1 and backward else 1)
+            return Tiles(16, units, 2, depth, 1, 1, 1, True)
+        depth = hidden_size * gates if backward else hidden_size
+        chunk = 32
+        chunks = -(-depth // chunk)
+        resident = {"streamed_in_part": 1, "streamed": 0}.get(way, chunks)
+        units = max(16, 1 << (hidden_size - 1).bit_length()) if way == "with_itself" else 16
+        return Tiles(16, units, 2, chunk, chunks, resident, 2, False)
+
+    return choose
+
+
+LAYERS = {
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+}
+# hidden size, batch, steps, options, packed, with an initial state
+SHAPES = {
+    "H33-B3-T4-both-packed": (33, 3, 4, {"bidirectional": True}, True, True),
+    "H7-B18-T3-nobias": (7, 18, 3, {"bias": False}, False, False),
+    "H20-B2-T2-two-layers": (20, 2, 2, {"num_layers": 2}, False, True),
+    "H1-B1-T1": (1, 1, 1, {}, False, True),
+}
+
+cells = pytest.mark.parametrize("cell", LAYERS)
+dtypes = pytest.mark.parametrize(
+    "dtype", [d for d in DTYPES if d != torch.float64], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    monkeypatch.setattr(triton_layer, "choose_tiles", tiles_for(request.param))
+    return request.param
+
+
+def make_case(cell, shape, dtype, seed):
+    hidden, batch, steps, options, packed, hx = SHAPES[shape]
+    class_name, variant = LAYERS[cell]
+    ours, theirs = make_pair(class_name, 5, hidden, seed=seed, dtype=dtype, **variant, **options)
+    if packed:
+        input = random_packed(batch, steps, 5, dtype, seed)
+    else:
+        input = torch.randn(steps, batch, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return ours, theirs, input, random_state(theirs, batch, dtype, seed) if hx else None
+
+
+@cells
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients(way, shape, cell):
+    assert_same_as_torch(lambda seed: make_case(cell, shape, torch.float64, seed), backend="triton")
+
+
+@dtypes
+@cells
+@pytest.mark.parametrize("way", ["alone", "streamed_in_part"], indirect=True)
+def test_outputs_and_gradients_of_lower_precision(way, cell, dtype):
+    assert_same_as_torch(lambda seed: make_case(cell, "H33-B3-T4-both-packed", dtype, seed), backend="triton")
+
+
+@cells
+@pytest.mark.parametrize("way", ["alone", "streamed_in_part"], indirect=True)
+def test_outputs_without_grad(way, cell):
+    def case(seed):
+        return make_case(cell, "H33-B3-T4-both-packed", torch.float32, seed)
+
+    assert_same_as_torch(case, backend="triton", backward=False)
+
+
+@cells
+@pytest.mark.parametrize("way", ["alone", "streamed_in_part"], indirect=True)
+def test_the_same_call_gives_the_same_bits(way, cell):
+    ours, _, input, hx = make_case(cell, "H7-B18-T3-nobias", torch.float32, 0)
+    with fastrnn.use_backend("triton"):
+        first, second = run(ours, input, hx), run(ours, input, hx)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@cells
+def test_every_way_gives_the_numbers_of_the_tiles_that_are_chosen(cell, monkeypatch):
+    case = make_case(cell, "H20-B2-T2-two-layers", torch.float64, 0)
+    with fastrnn.use_backend("triton"):
+        chosen = run(case[0], *case[2:])
+        for way in WAYS:
+            monkeypatch.setattr(triton_layer, "choose_tiles", tiles_for(way))
+            for name, result in run(case[0], *case[2:]).items():
+                torch.testing.assert_close(result, chosen[name], rtol=0, atol=1e-12)
+
+
+@cells
+def test_nan_and_infinity_stay_in_their_sequence(cell):
+    ours, theirs, input, _ = make_case(cell, "H7-B18-T3-nobias", torch.float32, 0)
+    input[1, 2], input[1, 3] = float("nan"), float("inf")
+    with fastrnn.use_backend("triton"), torch.no_grad():
+        output = ours(input)[0]
+    expected = theirs(input)[0]
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert output[:, [0, 1, *range(4, 18)]].isfinite().all()
+
+
+def test_a_gradient_of_the_gradient_and_per_sample_gradients():
+    ours, theirs, input, _ = make_case("lstm", "H7-B18-T3-nobias", torch.float64, 0)
+    results = []
+    for module, backend in ((ours, "triton"), (theirs, "torch")):
+        x = input[:, :2].clone().requires_grad_()
+        with fastrnn.use_backend(backend), torch.backends.mkldnn.flags(enabled=False):
+            first = torch.autograd.grad(module(x)[0].sin().sum(), x, create_graph=True)[0]
+            results.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(ours, parameters, (x,))[0].sum()
+
+    parameters = dict(ours.named_parameters())
+    with fastrnn.use_backend("triton"):
+        together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(parameters, input[:, :3, None])
+        for number in range(3):
+            alone = torch.func.grad(loss)(parameters, input[:, number, None])
+            for name, gradient in alone.items():
+                torch.testing.assert_close(together[name][number], gradient, rtol=0, atol=1e-12)
+
+
+def test_what_it_cannot_run():
+    with fastrnn.use_backend("triton"), pytest.raises(RuntimeError, match="no projections"):
+        fastrnn.LSTM(3, 4, proj_size=2)(torch.randn(2, 1, 3))
+    with fastrnn.use_backend("triton"):
+        assert fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(2, 1, 3)).layers[0].backend == "triton"
+    # never measured on a GPU: it runs only when it is named
+    assert fastrnn.explain(fastrnn.GRU(3, 4), torch.randn(2, 1, 3)).layers[0].backend != "triton"
+
+
+SIZES = list(
+    itertools.product(
+        CELLS, (False, True), (1, 16, 40, 96, 128, 129, 200, 256, 512, 640, 1150, 2048), (1, 2), (1, 8, 300), (2, 4, 8)
+    )
+)
+
+
+@pytest.mark.parametrize("limits", [HOPPER, AMPERE, AMD])
+def test_tiles_cover_the_layer_and_fit(limits):
+    for cell, backward, hidden, groups, batch_tiles, itemsize in SIZES:
+        tiles = choose_tiles(cell, backward, hidden, groups, batch_tiles, itemsize, limits)
+        gates = CELLS[cell].gates
+        width = 1 if gates == 1 else 4
+        depth = hidden * (gates if backward else 1)
+        assert tiles.chunk * tiles.chunks >= depth and tiles.resident <= tiles.chunks
+        assert tiles.blocks(hidden) * tiles.units >= hidden
+        assert tiles.chunk % (16 * tiles.splits) == 0 or tiles.splits == 1
+        columns = tiles.units * (1 if backward else width)
+        assert tiles.resident * tiles.chunk * columns * itemsize <= limits.shared_bytes
+        if tiles.alone:
+            assert tiles.units >= hidden and tiles.chunks == tiles.resident == 1
+
+
+class Recorder:
+    """Stands for a kernel and notes how it is launched."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append((grid, arguments, options))
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [HOPPER, HOPPER._replace(programs=20), HOPPER._replace(cooperative=False)],
+    ids=["H200", "small", "no cooperation"],
+)
+def test_programs_that_wait_for_each_other_all_run_at_the_same_time(limits, monkeypatch):
+    monkeypatch.setattr(triton_layer, "INTERPRETED", False)
+    monkeypatch.setattr(triton_layer, "_limits", lambda device: limits)
+    for hidden, batch, groups in itertools.product((16, 256, 1024, 5000), (1, 100, 3000), (1, 2, 30)):
+        kernel, steps = Recorder(), 3
+        scan = triton_layer._Scan(
+            "lstm", hidden, groups, batch, steps, torch.bfloat16, torch.device("cpu"), (0,) * groups, None
+        )
+        scan.launch(kernel, (), steps)
+        done = set()
+        for (blocks, pairs), arguments, options in kernel.launches:
+            counters, _, _, _, begin, end, first_pair, tiles_of_batch = arguments[:8]
+            rows, units, alone = arguments[12], arguments[13], arguments[18]
+            assert counters.numel() >= groups * tiles_of_batch * 32
+            assert rows * tiles_of_batch >= batch and units * blocks >= hidden
+            if not alone and end - begin > 1:
+                assert options["launch_cooperative_grid"] and blocks * pairs <= limits.programs
+            assert options["num_stages"] == 1
+            new = set(itertools.product(range(first_pair, first_pair + pairs), range(begin, end)))
+            assert not new & done
+            done |= new
+        assert done == set(itertools.product(range(groups * tiles_of_batch), range(steps)))
