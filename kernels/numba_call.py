@@ -6,13 +6,13 @@ the input, B sequences, R rows (time steps of all sequences), I input size, H hi
 
 from .numba_team import FIRST_FIELD
 
-# The plan: parts (a direction and a range of sequences each), how many threads work on one, and their scratch. The
-# part table stands in the call itself, behind the barriers.
-(PARTS, MEMBERS, PART_TABLE, BLOCK_ROWS, BLOCK_STEPS, SCRATCH, SCRATCH_SIZE, PACKED) = range(
-    FIRST_FIELD, FIRST_FIELD + 8
+# The plan: parts (a direction and a range of sequences each), how many threads work on one, and their scratch, of which
+# the last PAIRS_SIZE values are for rows in pairs. The part table stands in the call itself, behind the barriers.
+(PARTS, MEMBERS, PART_TABLE, BLOCK_ROWS, BLOCK_STEPS, SCRATCH, SCRATCH_SIZE, PAIRS_SIZE, PACKED) = range(
+    FIRST_FIELD, FIRST_FIELD + 9
 )
 
-_next = FIRST_FIELD + 8
+_next = FIRST_FIELD + 9
 (STEPS, ROWS, BATCH, BATCH_SIZES, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(
     _next, _next + 10
 )

@@ -7,13 +7,14 @@ summed up by one thread, in the same order whatever their number.
 from numba import types
 
 from . import numba_call as field
+from .numba_pairs import PAIR_ROWS
 from .numba_scan import Layout, panels_of
 from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import PRODUCTS, take
-from .numba_tile import WIDE, multiply_lines, multiply_neighbours, neighbour_vectors, pack_lines
+from .numba_tile import WIDE, Operands, multiply_lines, multiply_neighbours, neighbour_vectors
 
 # Rows of the input's gradient that one item covers.
-INPUT_ROWS = 96
+INPUT_ROWS = PAIR_ROWS
 # Time steps of one partial sum of a weight's gradient, at least and at most. One float32 sum over thousands of steps
 # would lose digits: torch.nn adds up one product a step. Too many partial sums would lose as many.
 SUM_ROWS, MOST_SUM_ROWS = 64, 256
@@ -26,61 +27,69 @@ ITEMS_PER_THREAD = 2
 
 
 @jit
-def _add_up(panel, count, columns, target, add):
-    """target[c] (+)= sum of panel[r, c] over r < count, for one vector of columns."""
-    vector = lanes(panel)
+def _add_up(lines, stride, count, columns, target, add):
+    """target[c] (+)= sum of lines[r * stride + c] over r < count, for one vector of columns."""
     # four sums side by side, each a quarter as long
-    a, b = load(panel, 0, 0), load(panel, 0, 0)
-    c, d = load(panel, 0, 0), load(panel, 0, 0)
+    a, b = load(lines, 0, 0), load(lines, 0, 0)
+    c, d = load(lines, 0, 0), load(lines, 0, 0)
     full = count - count % 4
     for row in range(0, full, 4):
-        a = a + load(panel, row * vector, vector)
-        b = b + load(panel, (row + 1) * vector, vector)
-        c = c + load(panel, (row + 2) * vector, vector)
-        d = d + load(panel, (row + 3) * vector, vector)
+        a = a + load(lines, row * stride, columns)
+        b = b + load(lines, (row + 1) * stride, columns)
+        c = c + load(lines, (row + 2) * stride, columns)
+        d = d + load(lines, (row + 3) * stride, columns)
     for row in range(full, count):
-        a = a + load(panel, row * vector, vector)
+        a = a + load(lines, row * stride, columns)
     total = (a + b) + (c + d)
     if add:
         total = total + load(target, 0, columns)
     store(target, 0, columns, total)
 
 
-@jit
-def weight_rows(gradients, gradients_stride, rows, count, source, source_stride, depth, out, bias, scratch, wanted):
-    """Some rows of a weight's gradient and of its bias's: sums over ``count`` time steps.
+def _make_weight_rows(operands: Operands, jit):
+    pack, depth_of = operands.pack_lines, operands.depth
 
-    out[n, k] = sum_t gradients[t * gradients_stride + n] * source[t * source_stride + k] for n < rows, k < depth;
-    bias[n] is the sum of the gradients alone. ``wanted``: 1 for out, 2 for bias, 3 for both.
-    """
-    vector = lanes(gradients)
-    packed, panel = scratch, advance(scratch, MOST_SUM_ROWS * WEIGHT_ROWS)
-    bias_sums = advance(panel, MOST_SUM_ROWS * WIDE * vector)
-    at_once = types.int64(SUM_ROWS)
-    while at_once < MOST_SUM_ROWS and count > MANY_SUMS * at_once:
-        at_once *= 2
-    blocks = (count + at_once - 1) // at_once
-    for index in range(blocks):
-        begin = index * at_once
-        steps, add = min(at_once, count - begin), index > 0
-        for n in range(0, rows, vector):
-            block = advance(packed, n * steps)
-            pack_lines(advance(gradients, begin * gradients_stride + n), gradients_stride, steps, 1, rows - n, block)
-            if wanted & 2:
-                _add_up(block, steps, vector, advance(bias_sums, n), index % BIAS_SUMS > 0)
-        if wanted & 2 and (index % BIAS_SUMS == BIAS_SUMS - 1 or index == blocks - 1):
+    @jit
+    def weight_rows(
+        gradients, gradients_stride, rows, count, source, source_stride, depth, out, bias, scratch, packed, wanted
+    ):
+        """Some rows of a weight's gradient and of its bias's: sums over ``count`` time steps.
+
+        out[n, k] = sum_t gradients[t * gradients_stride + n] * source[t * source_stride + k] for n < rows, k < depth;
+        bias[n] is the sum of the gradients alone. ``wanted``: 1 for out, 2 for bias, 3 for both.
+        ``scratch`` and ``packed`` are the same memory, as float32 or float64 and as products take it.
+        """
+        vector = lanes(gradients)
+        panel = advance(packed, MOST_SUM_ROWS * WEIGHT_ROWS)
+        bias_sums = advance(scratch, MOST_SUM_ROWS * (WEIGHT_ROWS + WIDE * vector))
+        at_once = types.int64(SUM_ROWS)
+        while at_once < MOST_SUM_ROWS and count > MANY_SUMS * at_once:
+            at_once *= 2
+        blocks = (count + at_once - 1) // at_once
+        for index in range(blocks):
+            begin = index * at_once
+            steps, add = min(at_once, count - begin), index > 0
+            deep = depth_of(steps)
             for n in range(0, rows, vector):
-                _add_up(advance(bias_sums, n), 1, rows - n, advance(bias, n), index >= BIAS_SUMS)
-        for k in range(0, depth if wanted & 1 else 0, WIDE * vector):
-            left = depth - k
-            lines = advance(source, begin * source_stride + k)
-            pack_lines(lines, source_stride, steps, neighbour_vectors(left, vector), left, panel)
-            for n in range(0, rows, vector):
-                target = advance(out, n * depth + k)
-                multiply_neighbours(
-                    *(advance(packed, n * steps), 1, vector, min(vector, rows - n), panel, steps),
-                    *(target, depth, left, target, depth, add),
-                )
+                lines = advance(gradients, begin * gradients_stride + n)
+                pack(lines, gradients_stride, steps, 1, rows - n, advance(packed, n * deep))
+                if wanted & 2:
+                    _add_up(lines, gradients_stride, steps, rows - n, advance(bias_sums, n), index % BIAS_SUMS > 0)
+            if wanted & 2 and (index % BIAS_SUMS == BIAS_SUMS - 1 or index == blocks - 1):
+                for n in range(0, rows, vector):
+                    _add_up(advance(bias_sums, n), 0, 1, rows - n, advance(bias, n), index >= BIAS_SUMS)
+            for k in range(0, depth if wanted & 1 else 0, WIDE * vector):
+                left = depth - k
+                lines = advance(source, begin * source_stride + k)
+                pack(lines, source_stride, steps, neighbour_vectors(left, vector), left, panel)
+                for n in range(0, rows, vector):
+                    target = advance(out, n * depth + k)
+                    multiply_neighbours(
+                        *(advance(packed, n * deep), 1, vector, min(vector, rows - n), panel, deep),
+                        *(target, depth, left, target, depth, add),
+                    )
+
+    return weight_rows
 
 
 def scratch_size(lanes: int) -> int:
@@ -88,13 +97,15 @@ def scratch_size(lanes: int) -> int:
     return MOST_SUM_ROWS * (WEIGHT_ROWS + WIDE * lanes) + WEIGHT_ROWS
 
 
-def make_products(layout: Layout, jit):
+def make_products(layout: Layout, operands: Operands, jit):
     """The function by which every thread of a team computes its share of the gradients."""
     gate_count, saved_count = layout
     two_sided = saved_count > gate_count
+    paired, stored, panel_value, operand = operands.paired, operands.stored, operands.packed, operands.rows
+    weight_rows = _make_weight_rows(operands, jit)
 
     @jit
-    def input_rows(call, first, source, zero):
+    def input_rows(call, pairs, first, source, zero):
         """INPUT_ROWS rows of the gradient of one source of the input, from row ``first`` on: dgates @ weight_ih."""
         rows = min(INPUT_ROWS, call[field.ROWS] - first)
         directions, sources = call[field.DIRECTIONS], call[field.SOURCES]
@@ -104,26 +115,26 @@ def make_products(layout: Layout, jit):
         stride, vector = sources * input_size, lanes(dx)
         wide = WIDE * vector
         dgates = as_pointer(call[field.DGATES], zero)
-        panels = as_pointer(call[field.PANELS_IH], zero)
-        weight = as_pointer(call[field.WEIGHT_IH], zero)
+        panels = as_pointer(call[field.PANELS_IH], panel_value)
+        weight = as_pointer(call[field.WEIGHT_IH], stored)
         groups = directions // sources
-        for panel in range(panels_of(input_size, wide)):
-            column = panel * wide
-            target, columns = advance(dx, column), input_size - column
-            for group in range(source * groups, (source + 1) * groups):
-                gradients, add = advance(dgates, (first * directions + group) * saved_size), group > source * groups
-                if call[field.PACKED] != 0:
-                    lines = (group * panels_of(input_size, wide) + panel) * gate_size * wide
+        for group in range(source * groups, (source + 1) * groups):
+            gradients, add = advance(dgates, (first * directions + group) * saved_size), group > source * groups
+            if paired or call[field.PACKED] != 0:
+                block, block_stride, deep = operand(gradients, directions * saved_size, rows, gate_size, pairs)
+                for panel in range(panels_of(input_size, wide)):
+                    lines = advance(panels, (group * panels_of(input_size, wide) + panel) * deep * wide)
+                    target = advance(dx, panel * wide)
                     multiply_neighbours(
-                        *(gradients, directions * saved_size, 1, rows, advance(panels, lines), gate_size),
-                        *(target, stride, columns, target, stride, add),
+                        *(block, block_stride, 1, rows, lines, deep),
+                        *(target, stride, input_size - panel * wide, target, stride, add),
                     )
-                else:
-                    multiply_lines(
-                        *(gradients, directions * saved_size, rows),
-                        *(advance(weight, group * gate_size * input_size + column), input_size, gate_size),
-                        *(min(wide, columns), target, stride, add),
-                    )
+            else:
+                multiply_lines(
+                    *(gradients, directions * saved_size, rows),
+                    *(advance(weight, group * gate_size * input_size), input_size, gate_size),
+                    *(input_size, dx, stride, add),
+                )
 
     @jit
     def products(call, thread, team, zero):
@@ -133,6 +144,8 @@ def make_products(layout: Layout, jit):
         # The GRU's n has a gradient of its own on the hidden state's side, behind the others.
         one_side = (gate_count - 1) * size if two_sided else gate_size
         scratch = advance(as_pointer(call[field.SCRATCH], zero), thread * call[field.SCRATCH_SIZE])
+        packed = advance(as_pointer(call[field.SCRATCH], panel_value), thread * call[field.SCRATCH_SIZE])
+        pairs = advance(packed, call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
         wanted_ih = types.int64(call[field.D_WEIGHT_IH] != 0) + 2 * types.int64(call[field.D_BIAS_IH] != 0)
         wanted_hh = types.int64(call[field.D_WEIGHT_HH] != 0) + 2 * types.int64(call[field.D_BIAS_HH] != 0)
         wanted_hr = types.int64(call[field.D_WEIGHT_HR] != 0)
@@ -152,21 +165,21 @@ def make_products(layout: Layout, jit):
         while True:
             item = take(call, PRODUCTS)
             if item < items_x:
-                input_rows(call, item // sources * INPUT_ROWS, item % sources, zero)
+                input_rows(call, pairs, item // sources * INPUT_ROWS, item % sources, zero)
                 continue
             item -= items_x
             if item < items_ih:
                 n = item // groups * chunk
                 direction, example = item % groups % directions, item % groups // directions
                 of_group = example * directions + direction
-                source = as_pointer(call[field.X], zero)
+                source = as_pointer(call[field.X], stored)
                 source = advance(source, (example * sources + direction * sources // directions) * input_size)
                 weight_rows(
                     *(advance(dgates, of_group * saved_size + n), groups * saved_size, min(chunk, gate_size - n)),
                     *(count, source, examples * sources * input_size, input_size),
                     advance(as_pointer(call[field.D_WEIGHT_IH], zero), (of_group * gate_size + n) * input_size),
                     advance(as_pointer(call[field.D_BIAS_IH], zero), of_group * gate_size + n),
-                    *(scratch, wanted_ih),
+                    *(scratch, packed, wanted_ih),
                 )
                 continue
             item -= items_ih
@@ -183,7 +196,7 @@ def make_products(layout: Layout, jit):
                     *(count, source, groups * state_size, state_size),
                     advance(as_pointer(call[field.D_WEIGHT_HH], zero), (of_group * gate_size + n) * state_size),
                     advance(as_pointer(call[field.D_BIAS_HH], zero), of_group * gate_size + n),
-                    *(scratch, wanted_hh),
+                    *(scratch, packed, wanted_hh),
                 )
                 continue
             item -= items_hh + items_n
@@ -195,7 +208,7 @@ def make_products(layout: Layout, jit):
             target = advance(as_pointer(call[field.D_WEIGHT_HR], zero), (of_group * state_size + n) * size)
             weight_rows(
                 *(gradients, groups * state_size, min(chunk, state_size - n), count, source, groups * size, size),
-                *(target, target, scratch, wanted_hr),
+                *(target, target, scratch, packed, wanted_hr),
             )
 
     return products

@@ -19,10 +19,11 @@ from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run, use_large_pages
+from .numba_pairs import HAS_PAIRS, PAIR_ROWS
 from .numba_scan import LAYOUTS, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, jit, lanes, load, named_jit, store
 from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
-from .numba_tile import WIDE, neighbour_vectors, pack_lines, pack_rows
+from .numba_tile import WIDE, neighbour_vectors, operands_of
 
 # Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
 FEW_ROWS = 16
@@ -55,15 +56,17 @@ def _combine_biases(call, direction, gate_count, zero):
             store(bias_hn, n, count, load(bias_hh, both + n, count if there else 0))
 
 
-def _make_forward_packing(layout, jit):
+def _make_forward_packing(layout, operands, jit):
     gate_count, vectors, panel_vectors = layout.gates, layout.vectors, layout.panel_vectors
+    stored, packed, depth_of, pack_rows = operands.stored, operands.packed, operands.depth, operands.pack_rows
 
     @jit
     def gate_panel(weight, depth, size, panel, panels):
         """Panel number ``panel`` of a weight (G*H, depth)."""
-        vector = lanes(weight)
+        vector = lanes(panels)
         unit = panel * panel_vectors * vector
-        source, target = advance(weight, unit * depth), advance(panels, panel * depth * vectors * vector)
+        source = advance(weight, unit * depth)
+        target = advance(panels, panel * depth_of(depth) * vectors * vector)
         if gate_count > 1:
             pack_rows(source, depth, vectors, size, size - unit, 0, target)
         else:
@@ -74,10 +77,10 @@ def _make_forward_packing(layout, jit):
         """Pack every direction's weights and add up its biases, shared out among the threads."""
         size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
         gate_size, directions = gate_count * size, call[field.DIRECTIONS]
-        weight_ih, panels_ih = as_pointer(call[field.WEIGHT_IH], zero), as_pointer(call[field.PANELS_IH], zero)
-        weight_hh, panels_hh = as_pointer(call[field.WEIGHT_HH], zero), as_pointer(call[field.PANELS_HH], zero)
-        weight_hr, panels_hr = as_pointer(call[field.WEIGHT_HR], zero), as_pointer(call[field.PANELS_HR], zero)
-        vector = lanes(weight_hh)
+        weight_ih, panels_ih = as_pointer(call[field.WEIGHT_IH], stored), as_pointer(call[field.PANELS_IH], packed)
+        weight_hh, panels_hh = as_pointer(call[field.WEIGHT_HH], stored), as_pointer(call[field.PANELS_HH], packed)
+        weight_hr, panels_hr = as_pointer(call[field.WEIGHT_HR], stored), as_pointer(call[field.PANELS_HR], packed)
+        vector = lanes(panels_hh)
         wide = WIDE * vector
         gate_panels = projection_panels = types.int64(0)
         if call[field.PACKED] != 0:
@@ -94,12 +97,12 @@ def _make_forward_packing(layout, jit):
             if item < gate_panels:
                 gate_panel(
                     *(advance(weight_ih, direction * gate_size * input_size), input_size, size, item),
-                    advance(panels_ih, direction * width * input_size),
+                    advance(panels_ih, direction * width * depth_of(input_size)),
                 )
             elif item < 2 * gate_panels:
                 gate_panel(
                     *(advance(weight_hh, direction * gate_size * state_size), state_size, size, item - gate_panels),
-                    advance(panels_hh, direction * width * state_size),
+                    advance(panels_hh, direction * width * depth_of(state_size)),
                 )
             elif item < 2 * gate_panels + projection_panels:
                 panel = item - 2 * gate_panels
@@ -107,7 +110,7 @@ def _make_forward_packing(layout, jit):
                 pack_rows(
                     *(advance(weight_hr, (direction * state_size + panel * wide) * size), size),
                     *(neighbour_vectors(left, vector), vector, left, vector),
-                    advance(panels_hr, (direction * projection_panels + panel) * wide * size),
+                    advance(panels_hr, (direction * projection_panels + panel) * wide * depth_of(size)),
                 )
             else:
                 _combine_biases(call, direction, gate_count, zero)
@@ -115,19 +118,20 @@ def _make_forward_packing(layout, jit):
     return packing
 
 
-def _make_backward_packing(layout, jit):
+def _make_backward_packing(layout, operands, jit):
     gate_count = layout.gates
+    stored, packed, depth_of, pack_lines = operands.stored, operands.packed, operands.depth, operands.pack_lines
 
     @jit
     def line_panels(weight, depth, columns, panels, item):
         """One panel of neighbouring columns of D weights (depth, columns); items count panels, then directions."""
-        vector = lanes(weight)
+        vector = lanes(panels)
         wide = WIDE * vector
         panel, direction = item % panels_of(columns, wide), item // panels_of(columns, wide)
         left = columns - panel * wide
         pack_lines(
             *(advance(weight, direction * depth * columns + panel * wide), columns, depth),
-            *(neighbour_vectors(left, vector), left, advance(panels, item * depth * wide)),
+            *(neighbour_vectors(left, vector), left, advance(panels, item * depth_of(depth) * wide)),
         )
 
     @jit
@@ -135,7 +139,7 @@ def _make_backward_packing(layout, jit):
         """Pack the weights of the products with the gates' gradients, shared out among the threads."""
         size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
         gate_size, directions = gate_count * size, call[field.DIRECTIONS]
-        wide = WIDE * lanes(as_pointer(call[field.WEIGHT_HH], zero))
+        wide = WIDE * lanes(as_pointer(call[field.PANELS_HH], packed))
         if call[field.PACKED] == 0:
             return
         items_hh = directions * panels_of(state_size, wide)
@@ -144,32 +148,37 @@ def _make_backward_packing(layout, jit):
         while True:
             item = take(call, PACKING)
             if item < items_hh:
-                weight, panels = as_pointer(call[field.WEIGHT_HH], zero), as_pointer(call[field.PANELS_HH], zero)
+                weight, panels = as_pointer(call[field.WEIGHT_HH], stored), as_pointer(call[field.PANELS_HH], packed)
                 line_panels(weight, gate_size, state_size, panels, item)
                 continue
             item -= items_hh
             if item < items_ih:
-                weight, panels = as_pointer(call[field.WEIGHT_IH], zero), as_pointer(call[field.PANELS_IH], zero)
+                weight, panels = as_pointer(call[field.WEIGHT_IH], stored), as_pointer(call[field.PANELS_IH], packed)
                 line_panels(weight, gate_size, input_size, panels, item)
                 continue
             item -= items_ih
             if item >= items_hr:
                 break
-            weight, panels = as_pointer(call[field.WEIGHT_HR], zero), as_pointer(call[field.PANELS_HR], zero)
+            weight, panels = as_pointer(call[field.WEIGHT_HR], stored), as_pointer(call[field.PANELS_HR], packed)
             line_panels(weight, state_size, size, panels, item)
 
     return packing
 
 
 def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
-    """The function to compile for one cell, pass and dtype: what every thread of a team runs."""
-    zero = types.float32(0) if dtype == torch.float32 else types.float64(0)
-    layout, jit = LAYOUTS[cell], named_jit(name)
+    """The function to compile for one cell, pass and dtype: what every thread of a team runs.
+
+    For bfloat16 x and the weights are that, and products take pairs of it; the other arrays are float32.
+    """
+    zero = types.float64(0) if dtype == torch.float64 else types.float32(0)
+    layout, operands, jit = LAYOUTS[cell], operands_of(dtype), named_jit(name)
     if backward:
-        packing, run_part = _make_backward_packing(layout, jit), make_backward_part(layout, BACKWARD[cell], jit)
-        products = numba_gradients.make_products(layout, jit)
+        packing = _make_backward_packing(layout, operands, jit)
+        run_part = make_backward_part(layout, BACKWARD[cell], operands, jit)
+        products = numba_gradients.make_products(layout, operands, jit)
     else:
-        packing, run_part = _make_forward_packing(layout, jit), make_forward_part(layout, FORWARD[cell], jit)
+        packing = _make_forward_packing(layout, operands, jit)
+        run_part = make_forward_part(layout, FORWARD[cell], operands, jit)
 
     @jit
     def parts(call, thread, team):
@@ -207,16 +216,16 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
 
 
 @functools.cache
-def kernel(cell: str, backward: bool, itemsize: int) -> int:
-    """The address of a cell's kernel for one pass, in float32 or, for an ``itemsize`` of 8, in float64."""
-    dtype = torch.float32 if itemsize == 4 else torch.float64
+def kernel(cell: str, backward: bool, dtype: torch.dtype) -> int:
+    """The address of a cell's kernel for one pass: float32, float64, or float32 with products of bfloat16."""
     name = f"{cell}_{'backward' if backward else 'forward'}_{str(dtype).removeprefix('torch.')}"
     return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))
 
 
-# What the plan assumes of a core: multiply-adds (of 4 bytes) per nanosecond; bytes of weights that it reads per
-# nanosecond, by the bytes up to which that holds (from the L2 cache, from a shared one, from one that is mostly full);
-# nanoseconds of a hidden unit's activation functions, and of a wait for other threads.
+# What the plan assumes of a core: multiply-adds per nanosecond, of 4 bytes (half as many of 8 bytes, twice as many of
+# 2); bytes of weights that it reads per nanosecond, by the bytes up to which that holds (from the L2 cache, from a
+# shared one, from one that is mostly full); nanoseconds of a hidden unit's activation functions, and of a wait for
+# other threads.
 MULTIPLY_ADDS = 50.0
 READING = ((512 << 10, 100.0), (8 << 20, 60.0), (math.inf, 40.0))
 UNIT_NS, WAIT_NS = 1.0, 500.0
@@ -231,10 +240,9 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
-def _split(threads, batch, reverse, weights, units, itemsize, shareable) -> tuple[int, int]:
+def _split(threads, batch, reverse, weights, units, panels, itemsize, shareable) -> tuple[int, int]:
     """Into how many ranges the batch is cut, and how many threads share a part, for the shortest time step."""
     directions = len(reverse)
-    panels = max(1, units * itemsize // (WIDE * VECTOR_BYTES))
     best = None
     for chunks in range(1, min(batch, -(-threads // directions)) + 1):
         members = max(1, min(threads // (directions * chunks), panels)) if shareable else 1
@@ -261,7 +269,7 @@ class Sizes(NamedTuple):
 
     cell: str
     backward: bool
-    itemsize: int
+    dtype: torch.dtype  # of the kernel
     threads: int  # at most
     rows: int
     steps: int
@@ -276,6 +284,16 @@ class Sizes(NamedTuple):
     needed: bool  # forward: the reserve, backward: dx
     examples: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value of the arrays, which are float32 where products take bfloat16."""
+        return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def paired(self) -> bool:
+        """Whether products take their operands as pairs of bfloat16."""
+        return self.dtype == torch.bfloat16
+
 
 @functools.lru_cache(maxsize=1024)
 def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
@@ -287,7 +305,9 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     work = (2 if backward else 1) * sizes.rows * directions * gate_size * (state_size + input_size)
     threads = max(1, min(sizes.threads, work // WORK_PER_THREAD))
     shareable = batch_sizes is None and not sizes.projected
-    chunks, members = _split(threads, batch, sizes.reverse, gate_size * state_size, size, itemsize, shareable)
+    panels, operand_bytes = max(1, size // (WIDE * lanes)), 2 if sizes.paired else itemsize
+    weights = gate_size * state_size
+    chunks, members = _split(threads, batch, sizes.reverse, weights, size, panels, operand_bytes, shareable)
     bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
     if batch_sizes is not None and chunks > 1:
         # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
@@ -324,6 +344,12 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     def up(columns: int) -> int:
         return -(-columns // wide) * wide
 
+    def deep(depth: int) -> int:
+        """Lines of a panel for a product of this depth."""
+        return -(-depth // 2) if sizes.paired else depth
+
+    deepest = max(gate_size, state_size) if backward else max(input_size, size, state_size)
+    pairs = PAIR_ROWS * -(-deep(deepest) // lanes) * lanes if sizes.paired else 0
     if backward:
         scratch = max(
             numba_gradients.scratch_size(lanes),
@@ -331,21 +357,22 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
         )
         regions = {}
         panels = {
-            field.PANELS_HH: gate_size * up(state_size),
-            field.PANELS_IH: gate_size * up(input_size) if sizes.needed else 0,
-            field.PANELS_HR: state_size * up(size) if sizes.projected else 0,
+            field.PANELS_HH: deep(gate_size) * up(state_size),
+            field.PANELS_IH: deep(gate_size) * up(input_size) if sizes.needed else 0,
+            field.PANELS_HR: deep(state_size) * up(size) if sizes.projected else 0,
         }
     else:
         scratch = block_rows * (gate_size + size) + (0 if sizes.needed else block_steps * part_rows * gate_size)
         regions = {field.BIAS: directions * gate_size, field.BIAS_HN: directions * size if sizes.cell == "gru" else 0}
         line = -(-size // (layout.panel_vectors * lanes)) * layout.vectors * lanes
         panels = {
-            field.PANELS_IH: line * input_size,
-            field.PANELS_HH: line * state_size,
-            field.PANELS_HR: up(state_size) * size if sizes.projected else 0,
+            field.PANELS_IH: line * deep(input_size),
+            field.PANELS_HH: line * deep(state_size),
+            field.PANELS_HR: up(state_size) * deep(size) if sizes.projected else 0,
         }
-    values[field.SCRATCH_SIZE] = scratch = -(-scratch // lanes) * lanes
-    regions[field.SCRATCH] = scratch * max(len(parts), threads)
+    scratch = -(-scratch // lanes) * lanes + pairs
+    values[field.SCRATCH_SIZE], values[field.PAIRS_SIZE] = scratch, pairs
+    regions[field.SCRATCH] = scratch * max(len(parts) * members, threads)
     if packed:
         regions.update({place: directions * count for place, count in panels.items()})
     offset, offsets = 0, []
@@ -395,6 +422,11 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _kernel_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """The dtype of the kernel for tensors of ``dtype``: bfloat16 where the processor multiplies it and it is packed."""
+    return dtype if dtype == torch.bfloat16 and HAS_PAIRS and rows > FEW_ROWS else _compute_dtype(dtype)
+
+
 def can_run(call) -> str | None:
     """Why this backend cannot run ``call``, or None if it can."""
     if call.device != "cpu":
@@ -418,7 +450,7 @@ def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
     address = memory.data_ptr()
     for place, offset in plan.regions:
         call[place] = address + offset
-    run(kernel(sizes.cell, sizes.backward, sizes.itemsize), call, plan.threads)
+    run(kernel(sizes.cell, sizes.backward, sizes.dtype), call, plan.threads)
     if memory.numel() <= KEPT_BYTES:
         _kept.memory = memory
 
@@ -449,28 +481,28 @@ def layer_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
-    dtype = x.dtype
-    compute = _compute_dtype(dtype)
+    dtype, rows = x.dtype, x.shape[0]
+    compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
 
-    x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr = (
-        _prepared(tensor, compute) for tensor in (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr)
+    x, weight_ih, weight_hh, weight_hr = (
+        _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
-    rows = x.shape[0]
+    bias_ih, bias_hh = _prepared(bias_ih, compute), _prepared(bias_hh, compute)
     batch, state_size = h0.shape[1:]
     hidden = _copied(h0, compute)
     cell_state = None if c0 is None else _copied(c0, compute)
     directions, size = weight_hh.shape[0], weight_hh.shape[1] // LAYOUTS[cell].gates
-    output = _new(x, rows, directions * state_size)
+    output = _new(hidden, rows, directions * state_size)
     gates = hidden_prev = cell_prev = None
     if save:
-        gates = _new(x, rows, directions, LAYOUTS[cell].saved * size)
-        hidden_prev = _new(x, rows, directions, state_size)
-        cell_prev = None if c0 is None else _new(x, rows, directions, size)
+        gates = _new(hidden, rows, directions, LAYOUTS[cell].saved * size)
+        hidden_prev = _new(hidden, rows, directions, state_size)
+        cell_prev = None if c0 is None else _new(hidden, rows, directions, size)
     if rows:
         _, sources, input_size = x.shape
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(
-            *(cell, False, x.element_size(), torch.get_num_threads(), rows, steps, batch, directions, sources),
+            *(cell, False, kernel_dtype, torch.get_num_threads(), rows, steps, batch, directions, sources),
             *(input_size, size, state_size, tuple(reverse), weight_hr is not None, save, 1),
         )
         plan = _plan(sizes, batch_sizes)
@@ -507,27 +539,29 @@ def layer_backward(
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
     dtype = x.dtype
-    compute = _compute_dtype(dtype)
+    rows, sources, input_size = x.shape
+    compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
 
     saved = gates
-    x, weight_ih, weight_hh, weight_hr, gates, hidden_prev, cell_prev, d_output = (
-        _prepared(tensor, compute)
-        for tensor in (x, weight_ih, weight_hh, weight_hr, gates, hidden_prev, cell_prev, d_output)
+    x, weight_ih, weight_hh, weight_hr = (
+        _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
-    rows, sources, input_size = x.shape
+    gates, hidden_prev, cell_prev, d_output = (
+        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output)
+    )
     directions, gate_size, state_size = weight_hh.shape
     size = gate_size // LAYOUTS[cell].gates
 
     def state_gradient(tensor, columns):
         if tensor is None:
-            return x.new_zeros(directions, batch, columns)
+            return gates.new_zeros(directions, batch, columns)
         return _copied(tensor, compute)
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr = needs
-    new = x.new_empty if rows else x.new_zeros
+    new = gates.new_empty if rows else gates.new_zeros
     d_hidden = state_gradient(d_h_n, state_size)
     d_cell = None if cell_prev is None else state_gradient(d_c_n, size)
-    dx = _new(x, rows, sources, input_size) if needs_x else None
+    dx = _new(gates, rows, sources, input_size) if needs_x else None
     d_weight_ih = new(examples, directions, gate_size, input_size) if needs_weight_ih else None
     d_bias_ih = new(examples, directions, gate_size) if needs_bias_ih else None
     d_weight_hh = new(examples, directions, gate_size, state_size) if needs_weight_hh else None
@@ -540,10 +574,10 @@ def layer_backward(
             unprojected = o * torch.tanh(f * cell_prev + i * g)
         # a reserve that was converted is a copy already
         dgates = gates if overwrite or gates is not saved else _new(gates, *gates.shape)
-        d_projected = None if weight_hr is None else x.new_empty(rows, directions, state_size)
+        d_projected = None if weight_hr is None else gates.new_empty(rows, directions, state_size)
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(
-            *(cell, True, x.element_size(), torch.get_num_threads(), rows, steps, batch, directions, sources),
+            *(cell, True, kernel_dtype, torch.get_num_threads(), rows, steps, batch, directions, sources),
             *(input_size, size, state_size, tuple(reverse), weight_hr is not None, needs_x, examples),
         )
         arrays = {

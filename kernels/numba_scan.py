@@ -14,9 +14,18 @@ from typing import NamedTuple
 from numba import types
 
 from . import numba_call as field
+from .numba_pairs import PAIR_ROWS
 from .numba_simd import advance, as_pointer, jit, lanes, load, store
 from .numba_team import wait_for
-from .numba_tile import WIDE, multiply_lines, multiply_neighbours, multiply_panel, multiply_rows, neighbour_vectors
+from .numba_tile import (
+    WIDE,
+    Operands,
+    multiply_lines,
+    multiply_neighbours,
+    multiply_panel,
+    multiply_rows,
+    neighbour_vectors,
+)
 
 
 @jit
@@ -94,33 +103,40 @@ LAYOUTS = {
 }
 
 
-def make_forward_part(layout: Layout, step_forward, jit):
+def make_forward_part(layout: Layout, step_forward, operands: Operands, jit):
     """The forward time loop of one cell; ``jit`` compiles under the kernel's name."""
     gate_count, saved_count = layout
     vectors, panel_vectors = layout.vectors, layout.panel_vectors
     multiply_gates = multiply_panel[vectors]
+    paired, stored, packed = operands.paired, operands.stored, operands.packed
+    operand, depth_of = operands.rows, operands.depth
 
     @jit
     def gate_product(
-        call, a, a_stride, rows, panels, weight, depth, first_panel, end_panel, out, out_stride, addend, add
+        call, pairs, a, a_stride, rows, panels, weight, depth, first_panel, end_panel, out, out_stride, addend, add
     ):
         """Products with the gates' weights, for the units of some panels: out[r, gate * size + unit]."""
-        size, vector = call[field.HIDDEN_SIZE], lanes(a)
+        size, vector = call[field.HIDDEN_SIZE], lanes(out)
         units = panel_vectors * vector
-        if call[field.PACKED] != 0:
-            for panel in range(first_panel, end_panel):
-                unit = panel * units
-                lines, target = advance(panels, panel * depth * vectors * vector), advance(out, unit)
-                if gate_count > 1:
-                    multiply_gates(
-                        *(a, a_stride, 1, rows, lines, depth, target, out_stride, size, size - unit, 0),
-                        *(advance(addend, unit), 0, add),
-                    )
-                else:
-                    multiply_neighbours(
-                        *(a, a_stride, 1, rows, lines, depth, target, out_stride, size - unit),
-                        *(advance(addend, unit), 0, add),
-                    )
+        if paired or call[field.PACKED] != 0:
+            at_once = PAIR_ROWS if paired else max(rows, 1)
+            for begin in range(0, rows, at_once):
+                count = min(at_once, rows - begin)
+                block, stride, deep = operand(advance(a, begin * a_stride), a_stride, count, depth, pairs)
+                for panel in range(first_panel, end_panel):
+                    unit = panel * units
+                    lines = advance(panels, panel * deep * vectors * vector)
+                    target = advance(out, begin * out_stride + unit)
+                    if gate_count > 1:
+                        multiply_gates(
+                            *(block, stride, 1, count, lines, deep, target, out_stride, size, size - unit, 0),
+                            *(advance(addend, unit), 0, add),
+                        )
+                    else:
+                        multiply_neighbours(
+                            *(block, stride, 1, count, lines, deep, target, out_stride, size - unit),
+                            *(advance(addend, unit), 0, add),
+                        )
         else:
             unit = first_panel * units
             count = min(size, end_panel * units) - unit
@@ -139,7 +155,7 @@ def make_forward_part(layout: Layout, step_forward, jit):
         batch, directions, sources = call[field.BATCH], call[field.DIRECTIONS], call[field.SOURCES]
         steps, dense = call[field.STEPS], call[field.BATCH_SIZES] == 0
         save, projected = call[field.GATES] != 0, call[field.WEIGHT_HR] != 0
-        vector = lanes(as_pointer(call[field.X], zero))
+        vector = lanes(as_pointer(call[field.OUTPUT], zero))
         panels = panels_of(size, panel_vectors * vector)
         first_panel, end_panel = panels * member // members, panels * (member + 1) // members
         first_unit = first_panel * panel_vectors * vector
@@ -148,17 +164,20 @@ def make_forward_part(layout: Layout, step_forward, jit):
         first_state, states = (0, state_size) if projected else (first_unit, end_unit - first_unit)
 
         panel_size = panels * vectors * vector
-        weight_ih = advance(as_pointer(call[field.WEIGHT_IH], zero), direction * gate_size * input_size)
-        weight_hh = advance(as_pointer(call[field.WEIGHT_HH], zero), direction * gate_size * state_size)
-        weight_hr = advance(as_pointer(call[field.WEIGHT_HR], zero), direction * state_size * size)
-        panels_ih = advance(as_pointer(call[field.PANELS_IH], zero), direction * panel_size * input_size)
-        panels_hh = advance(as_pointer(call[field.PANELS_HH], zero), direction * panel_size * state_size)
+        weight_ih = advance(as_pointer(call[field.WEIGHT_IH], stored), direction * gate_size * input_size)
+        weight_hh = advance(as_pointer(call[field.WEIGHT_HH], stored), direction * gate_size * state_size)
+        weight_hr = advance(as_pointer(call[field.WEIGHT_HR], stored), direction * state_size * size)
+        panels_ih = as_pointer(call[field.PANELS_IH], packed)
+        panels_ih = advance(panels_ih, direction * panel_size * depth_of(input_size))
+        panels_hh = as_pointer(call[field.PANELS_HH], packed)
+        panels_hh = advance(panels_hh, direction * panel_size * depth_of(state_size))
         wide = WIDE * vector
         projection_panels = panels_of(state_size, wide)
-        panels_hr = advance(as_pointer(call[field.PANELS_HR], zero), direction * projection_panels * wide * size)
+        panels_hr = as_pointer(call[field.PANELS_HR], packed)
+        panels_hr = advance(panels_hr, direction * projection_panels * wide * depth_of(size))
         bias = advance(as_pointer(call[field.BIAS], zero), direction * gate_size)
         bias_hn = advance(as_pointer(call[field.BIAS_HN], zero), direction * size)
-        x = advance(as_pointer(call[field.X], zero), direction * sources // directions * input_size)
+        x = advance(as_pointer(call[field.X], stored), direction * sources // directions * input_size)
         x_stride = sources * input_size
 
         hidden = advance(as_pointer(call[field.HIDDEN], zero), direction * batch * state_size)
@@ -170,8 +189,12 @@ def make_forward_part(layout: Layout, step_forward, jit):
         gates = as_pointer(call[field.GATES], zero)
         hidden_prev, cell_prev = as_pointer(call[field.HIDDEN_PREV], zero), as_pointer(call[field.CELL_PREV], zero)
         state_stride = directions * state_size
-        # scratch: the product of a block of rows, their hidden state before its projection, the projections of x
-        product = advance(as_pointer(call[field.SCRATCH], zero), part * call[field.SCRATCH_SIZE])
+        # scratch: the product of a block of rows, their hidden state before its projection, the projections of x, and
+        # rows in pairs
+        scratch = (part * members + member) * call[field.SCRATCH_SIZE]
+        product = advance(as_pointer(call[field.SCRATCH], zero), scratch)
+        pairs = as_pointer(call[field.SCRATCH], packed)
+        pairs = advance(pairs, scratch + call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
         unprojected = advance(product, call[field.BLOCK_ROWS] * gate_size)
         block_gates_x = advance(unprojected, call[field.BLOCK_ROWS] * size)
 
@@ -196,14 +219,14 @@ def make_forward_part(layout: Layout, step_forward, jit):
             if dense and slot == part_rows and part_rows == batch:
                 # the rows of all steps follow each other
                 gate_product(
-                    *(call, advance(x, start * x_stride), x_stride, block_steps * batch),
+                    *(call, pairs, advance(x, start * x_stride), x_stride, block_steps * batch),
                     *(panels_ih, weight_ih, input_size, first_panel, end_panel, gates_x, slot_stride, bias, True),
                 )
             elif dense and block_steps > part_rows:
                 # full tiles of time steps, one sequence after the other
                 for row in range(part_rows):
                     gate_product(
-                        *(call, advance(x, (start + first + row) * x_stride), batch * x_stride, block_steps),
+                        *(call, pairs, advance(x, (start + first + row) * x_stride), batch * x_stride, block_steps),
                         *(panels_ih, weight_ih, input_size, first_panel, end_panel),
                         *(advance(gates_x, row * slot_stride), slot * slot_stride, bias, True),
                     )
@@ -212,7 +235,7 @@ def make_forward_part(layout: Layout, step_forward, jit):
                 for time in range(earliest, earliest + block_steps):
                     running = rows_at(call, time)
                     gate_product(
-                        *(call, source, x_stride, min(end, running) - first),
+                        *(call, pairs, source, x_stride, min(end, running) - first),
                         *(panels_ih, weight_ih, input_size, first_panel, end_panel, target, slot_stride, bias, True),
                     )
                     source = advance(source, running * x_stride)
@@ -233,7 +256,7 @@ def make_forward_part(layout: Layout, step_forward, jit):
                     entry = (offset + block) * directions + direction
                     block_old, block_new = advance(old, block * state_size), advance(new, block * state_size)
                     gate_product(
-                        *(call, block_old, state_size, rows, panels_hh, weight_hh, state_size),
+                        *(call, pairs, block_old, state_size, rows, panels_hh, weight_hh, state_size),
                         *(first_panel, end_panel, product, gate_size, product, False),
                     )
                     if save:
@@ -267,11 +290,12 @@ def make_forward_part(layout: Layout, step_forward, jit):
                                 *(row_product, row_gates_x, bias_hn, row_old, row_new, row_cell, row_gates),
                                 *(size, full, end_unit - full, save),
                             )
-                    if projected and call[field.PACKED] != 0:
+                    if projected and (paired or call[field.PACKED] != 0):
+                        source, stride, deep = operand(unprojected, size, rows, size, pairs)
                         for panel in range(projection_panels):
                             column = panel * wide
                             multiply_neighbours(
-                                *(unprojected, size, 1, rows, advance(panels_hr, column * size), size),
+                                *(source, stride, 1, rows, advance(panels_hr, column * deep), deep),
                                 *(advance(block_new, column), state_size, state_size - column, unprojected, 0, False),
                             )
                     elif projected:
@@ -292,44 +316,43 @@ def make_forward_part(layout: Layout, step_forward, jit):
     return forward_part
 
 
-def make_backward_part(layout: Layout, step_backward, jit):
+def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
     """The backward time loop of one cell; ``jit`` compiles under the kernel's name."""
     gate_count, saved_count = layout
     # The GRU's n has a gradient of its own on the hidden state's side, and only the GRU's old state has a share of the
     # gradient that passes the product by.
     two_sided = saved_count > gate_count
+    paired, stored, packed = operands.paired, operands.stored, operands.packed
+    operand, depth_of = operands.rows, operands.depth
 
     @jit
-    def state_gradient(call, dgates, stride, rows, panels, weight, first_panel, end_panel, out):
+    def state_gradient(call, pairs, dgates, stride, rows, panels, weight, first_panel, end_panel, out):
         """Gradients of some columns of the state before: out[r, c] = sum over gates of dgates[r, k] * weight[k, c]."""
         size, state_size, vector = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], lanes(out)
-        gate_size, wide = gate_count * size, WIDE * lanes(out)
+        gate_size, wide = gate_count * size, WIDE * vector
         one_side = (gate_count - 1) * size if two_sided else gate_size
-        for panel in range(first_panel, end_panel):
-            column = panel * wide
-            target, columns = advance(out, column), state_size - column
-            if call[field.PACKED] != 0:
-                lines = advance(panels, column * gate_size)
-                multiply_neighbours(
-                    *(dgates, stride, 1, rows, lines, one_side, target, state_size, columns),
-                    *(target, state_size, two_sided),
-                )
-                if two_sided:
-                    lines = advance(lines, one_side * neighbour_vectors(columns, vector) * vector)
+        # the gates with one gradient, an even number for the GRU, then its n on the hidden state's side
+        for side in range(2 if two_sided else 1):
+            first, depth = (one_side, size) if side else (0, one_side)
+            source, add = advance(dgates, gate_size if side else 0), two_sided or side > 0
+            if paired or call[field.PACKED] != 0:
+                source, source_stride, deep = operand(source, stride, rows, depth, pairs)
+                for panel in range(first_panel, end_panel):
+                    column = panel * wide
+                    target, columns = advance(out, column), state_size - column
+                    line = neighbour_vectors(columns, vector) * vector
+                    lines = advance(panels, column * depth_of(gate_size) + depth_of(first) * line)
                     multiply_neighbours(
-                        *(advance(dgates, gate_size), stride, 1, rows, lines, size),
-                        *(target, state_size, columns, target, state_size, True),
+                        *(source, source_stride, 1, rows, lines, deep, target, state_size, columns),
+                        *(target, state_size, add),
                     )
             else:
-                lines, columns = advance(weight, column), min(wide, columns)
+                column = first_panel * wide
+                target = advance(out, column)
                 multiply_lines(
-                    dgates, stride, rows, lines, state_size, one_side, columns, target, state_size, two_sided
+                    *(source, stride, rows, advance(weight, first * state_size + column), state_size, depth),
+                    *(min(state_size, end_panel * wide) - column, target, state_size, add),
                 )
-                if two_sided:
-                    multiply_lines(
-                        *(advance(dgates, gate_size), stride, rows, advance(lines, one_side * state_size)),
-                        *(state_size, size, columns, target, state_size, True),
-                    )
 
     @jit
     def backward_part(call, part, member, members, zero):
@@ -349,14 +372,20 @@ def make_backward_part(layout: Layout, step_backward, jit):
             first_unit, end_unit = first_panel * wide, min(size, end_panel * wide)
         first_state, states = (types.int64(0), state_size) if projected else (first_unit, end_unit - first_unit)
 
-        weight_hh = advance(as_pointer(call[field.WEIGHT_HH], zero), direction * gate_size * state_size)
-        weight_hr = advance(as_pointer(call[field.WEIGHT_HR], zero), direction * state_size * size)
-        panels_hh = advance(as_pointer(call[field.PANELS_HH], zero), direction * gate_size * panels * wide)
+        weight_hh = advance(as_pointer(call[field.WEIGHT_HH], stored), direction * gate_size * state_size)
+        weight_hr = advance(as_pointer(call[field.WEIGHT_HR], stored), direction * state_size * size)
+        panels_hh = as_pointer(call[field.PANELS_HH], packed)
+        panels_hh = advance(panels_hh, direction * depth_of(gate_size) * panels * wide)
         unit_panels = panels_of(size, wide)
-        panels_hr = advance(as_pointer(call[field.PANELS_HR], zero), direction * state_size * unit_panels * wide)
+        panels_hr = as_pointer(call[field.PANELS_HR], packed)
+        panels_hr = advance(panels_hr, direction * depth_of(state_size) * unit_panels * wide)
         d_hidden = advance(as_pointer(call[field.D_HIDDEN], zero), direction * batch * state_size)
         d_cell = advance(as_pointer(call[field.D_CELL], zero), direction * batch * size)
-        d_unprojected = advance(as_pointer(call[field.SCRATCH], zero), part * call[field.SCRATCH_SIZE])
+        # scratch: the gradient of the hidden state before its projection, and rows in pairs
+        scratch = (part * members + member) * call[field.SCRATCH_SIZE]
+        d_unprojected = advance(as_pointer(call[field.SCRATCH], zero), scratch)
+        pairs = as_pointer(call[field.SCRATCH], packed)
+        pairs = advance(pairs, scratch + call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
         d_output, d_projected = as_pointer(call[field.D_OUTPUT], zero), as_pointer(call[field.D_PROJECTED], zero)
         gates, dgates = as_pointer(call[field.GATES], zero), as_pointer(call[field.DGATES], zero)
         hidden_prev, cell_prev = as_pointer(call[field.HIDDEN_PREV], zero), as_pointer(call[field.CELL_PREV], zero)
@@ -385,19 +414,19 @@ def make_backward_part(layout: Layout, step_backward, jit):
                         *(block_d_hidden, state_size, advance(d_projected, entry * state_size), state_stride),
                         *(rows, state_size),
                     )
-                    for column in range(0, size, wide):
-                        target, columns = advance(d_unprojected, column), size - column
-                        if call[field.PACKED] != 0:
+                    if paired or call[field.PACKED] != 0:
+                        source, stride, deep = operand(block_d_hidden, state_size, rows, state_size, pairs)
+                        for column in range(0, size, wide):
+                            target = advance(d_unprojected, column)
                             multiply_neighbours(
-                                *(block_d_hidden, state_size, 1, rows, advance(panels_hr, column * state_size)),
-                                *(state_size, target, size, columns, target, size, False),
+                                *(source, stride, 1, rows, advance(panels_hr, column * deep), deep),
+                                *(target, size, size - column, target, size, False),
                             )
-                        else:
-                            columns = min(wide, columns)
-                            multiply_lines(
-                                *(block_d_hidden, state_size, rows, advance(weight_hr, column), size, state_size),
-                                *(columns, target, size, False),
-                            )
+                    else:
+                        multiply_lines(
+                            *(block_d_hidden, state_size, rows, weight_hr, size, state_size),
+                            *(size, d_unprojected, size, False),
+                        )
                 for row in range(rows):
                     here = entry + row * directions
                     row_gates, row_dgates = advance(gates, here * saved_size), advance(dgates, here * saved_size)
@@ -420,7 +449,7 @@ def make_backward_part(layout: Layout, step_backward, jit):
                     wait_for(call, barrier, arrivals)
                 block_dgates = advance(dgates, entry * saved_size)
                 state_gradient(
-                    *(call, block_dgates, directions * saved_size, rows, panels_hh, weight_hh),
+                    *(call, pairs, block_dgates, directions * saved_size, rows, panels_hh, weight_hh),
                     *(first_panel, end_panel, block_d_hidden),
                 )
             if not backwards:

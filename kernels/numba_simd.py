@@ -71,7 +71,9 @@ def lane_mask(builder, count, lanes, first_lane=0):
 
 
 def _suffix(vector_type):
-    return f"v{vector_type.count}{'f32' if isinstance(vector_type.element, ir.FloatType) else 'f64'}"
+    element = vector_type.element
+    name = f"i{element.width}" if isinstance(element, ir.IntType) else f"f{8 * _scalar_bytes(vector_type)}"
+    return f"v{vector_type.count}{name}"
 
 
 def masked_load(builder, vector_type, pointer, mask):
@@ -112,7 +114,29 @@ def prefetch(builder, pointer):
 
 
 def _scalar_bytes(vector_type):
+    if isinstance(vector_type.element, ir.IntType):
+        return vector_type.element.width // 8
     return 4 if isinstance(vector_type.element, ir.FloatType) else 8
+
+
+def transposed(builder, lines):
+    """Emit the vectors of the columns of as many ``lines`` as a vector has lanes."""
+    lines, lane_count = list(lines), len(lines)
+    order = ir.VectorType(ir.IntType(32), lane_count)
+    # each round swaps one bit of the row number with the same bit of the lane number
+    bit = 1
+    while bit < lane_count:
+        numbers = range(lane_count)
+        upper = [lane_count + (lane ^ bit) if lane & bit else lane for lane in numbers]
+        lower = [lane_count + lane if lane & bit else lane ^ bit for lane in numbers]
+        for n in numbers:
+            if not n & bit:
+                pair = lines[n], lines[n | bit]
+                lines[n], lines[n | bit] = (
+                    builder.shuffle_vector(*pair, ir.Constant(order, places)) for places in (upper, lower)
+                )
+        bit *= 2
+    return lines
 
 
 # How every function of the kernels is compiled: no wrappers, for none is called from Python. ``inline`` is for what is
@@ -256,20 +280,8 @@ def store_transposed(typingctx, source, source_stride, rows, columns, target, ta
             wanted = builder.select(builder.icmp_signed("<", index(n), rows), mask, nothing)
             spot = builder.gep(source, [builder.mul(source_stride, index(n))])
             lines.append(masked_load(builder, llvm, spot, wanted))
-        # each round swaps one bit of the row number with the same bit of the lane number
-        bit = 1
-        while bit < lanes:
-            numbers = range(lanes)
-            upper = [lanes + (lane ^ bit) if lane & bit else lane for lane in numbers]
-            lower = [lanes + lane if lane & bit else lane ^ bit for lane in numbers]
-            masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), order) for order in (upper, lower)]
-            for n in range(lanes):
-                if not n & bit:
-                    pair = lines[n], lines[n | bit]
-                    lines[n], lines[n | bit] = (builder.shuffle_vector(*pair, order) for order in masks)
-            bit *= 2
         everything = ir.Constant(mask.type, [1] * lanes)
-        for k, line in enumerate(lines):
+        for k, line in enumerate(transposed(builder, lines)):
             wanted = builder.select(builder.icmp_signed("<", index(k), columns), everything, nothing)
             masked_store(builder, line, builder.gep(target, [builder.mul(target_stride, index(k))]), wanted)
         return context.get_dummy_value()

@@ -29,10 +29,10 @@ class _Prepared:
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
     ):
-        itemsize, state_size, input_size = weight_hh.element_size(), weight_hh.shape[1], weight_ih.shape[1]
+        dtype, state_size, input_size = weight_hh.dtype, weight_hh.shape[1], weight_ih.shape[1]
         size = state_size if weight_hr is None else weight_hr.shape[1]
         sizes = Sizes(
-            *(cell_name, False, itemsize, torch.get_num_threads(), batch, 1, batch, 1, 1),
+            *(cell_name, False, dtype, torch.get_num_threads(), batch, 1, batch, 1, 1),
             *(input_size, size, state_size, (0,), weight_hr is not None, False, 1),
         )
         plan = make_plan(sizes)
@@ -47,7 +47,7 @@ class _Prepared:
         for place, tensor in arrays.items():
             if tensor is not None:
                 call[place] = tensor.data_ptr()
-        self.run, self.values = prepare_run(kernel(cell_name, False, itemsize), call, plan.threads)
+        self.run, self.values = prepare_run(kernel(cell_name, False, dtype), call, plan.threads)
         # Threads that share the hidden units read one copy of the state and write another.
         self.shared = plan.members > 1
         self._keep = (scratch, arrays)

@@ -10,10 +10,14 @@ Strides count elements. Every sum runs over k in the same order whatever the til
 rows and columns are shared out.
 """
 
+from typing import NamedTuple
+
+import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .numba_pairs import dot_of_pairs, pack_lines_in_pairs, pack_rows_in_pairs, pairs_in, rows_in_pairs
 from .numba_simd import (
     MANY_REGISTERS,
     VECTOR_BYTES,
@@ -68,15 +72,18 @@ def _tile(
     ``weight_k`` is the value at ``panel[k * line_size + v * lanes + lane]``. Vector v has ``columns - v *
     column_step`` columns, as far as lanes go. With ``add`` the value at ``addend``, laid out as ``out`` but for the
     stride of its rows, is added. ``rows``, ``vectors`` and ``packed`` are literals. Packed panels may be read beyond
-    ``columns``, others may not.
+    ``columns``, others may not. If ``a`` and a packed panel are pairs of bfloat16, k counts pairs, and out is float32.
     """
     literals = isinstance(rows, types.IntegerLiteral) and isinstance(vectors, types.IntegerLiteral)
     if not literals or not isinstance(packed, types.BooleanLiteral):
         return None
     row_count, vector_count, alignment = rows.literal_value, vectors.literal_value, a.dtype.bitwidth // 8
-    scalar = ir.FloatType() if a.dtype == types.float32 else ir.DoubleType()
-    lane_count = VECTOR_BYTES * 8 // a.dtype.bitwidth
+    paired = a.dtype == types.int32
+    scalar = ir.DoubleType() if a.dtype == types.float64 else ir.FloatType()
+    lane_count = VECTOR_BYTES // alignment
     vector = ir.VectorType(scalar, lane_count)
+    operand = ir.VectorType(ir.IntType(32), lane_count) if paired else vector
+    multiply_add = dot_of_pairs if paired else fused_multiply_add
     index = ir.IntType(64)
 
     def codegen(context, builder, sig, args):
@@ -108,13 +115,12 @@ def _tile(
         for v in range(vector_count):
             spot = builder.gep(line, [index(v * lane_count)])
             if packed.literal_value:
-                weights.append(builder.load(builder.bitcast(spot, vector.as_pointer()), align=alignment))
+                weights.append(builder.load(builder.bitcast(spot, operand.as_pointer()), align=alignment))
             else:
                 weights.append(masked_load(builder, vector, spot, masks[v]))
         activations = [broadcast(builder, builder.load(builder.gep(row, [a_offset])), lane_count) for row in a_rows]
         updated = [
-            fused_multiply_add(builder, activations[r], weights[v], total)
-            for (r, v), total in zip(spots, sums, strict=True)
+            multiply_add(builder, activations[r], weights[v], total) for (r, v), total in zip(spots, sums, strict=True)
         ]
         following = builder.add(k, index(1))
         k.add_incoming(following, loop)
@@ -500,3 +506,37 @@ def pack_lines(weight, line, depth, vectors, columns, panel):
         for v in range(vectors):
             values = load(weight, k * line + v * vector, columns - v * vector)
             store(panel, (k * vectors + v) * vector, vector, values)
+
+
+@jit
+def _rows_as_they_are(a, a_stride, rows, depth, pairs):
+    return a, a_stride, depth
+
+
+@jit
+def _same(depth):
+    return depth
+
+
+class Operands(NamedTuple):
+    """How a kernel's products take their operands: numbers of the types of values, and functions for use inside it."""
+
+    paired: bool
+    stored: object  # x and the weights, as they come
+    packed: object  # panels
+    # depth(k): how deep a panel of k lines of weights is
+    depth: object
+    # rows(a, a_stride, rows, depth, pairs): the first operand, the stride of its rows and its depth; ``pairs`` is
+    # scratch for PAIR_ROWS rows of whole vectors of pairs
+    rows: object
+    pack_rows: object
+    pack_lines: object
+
+
+def operands_of(dtype: torch.dtype) -> Operands:
+    """The operands of a kernel for float32, float64 or bfloat16."""
+    if dtype == torch.bfloat16:
+        functions = pairs_in, rows_in_pairs, pack_rows_in_pairs, pack_lines_in_pairs
+        return Operands(True, types.int16(0), types.int32(0), *functions)
+    zero = types.float64(0) if dtype == torch.float64 else types.float32(0)
+    return Operands(False, zero, zero, _same, _rows_as_they_are, pack_rows, pack_lines)
