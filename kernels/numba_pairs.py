@@ -8,11 +8,15 @@ int16, for there is no such type in LLVM's intermediate representation as llvmli
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .numba_simd import VECTOR_BYTES, advance, jit, lane_mask, lanes, masked_load, masked_store, transposed
 
-HAS_PAIRS = VECTOR_BYTES == 64 and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+# Asked of Numba, which may have been told to compile for another processor (NUMBA_CPU_NAME): a wrong answer would end
+# the process.
+_, _, _features = cpu_target.target_context.codegen().magic_tuple()
+HAS_PAIRS = VECTOR_BYTES == 64 and "+avx512bf16" in _features.split(",")
 if HAS_PAIRS:
     llvmlite.binding.initialize_native_asmparser()  # LLVM gets these instructions as assembly, whatever its version
 

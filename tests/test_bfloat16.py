@@ -107,14 +107,12 @@ def test_special_values_stay_in_their_row(special):
 
 MASKED = """
 import llvmlite.binding
-own = llvmlite.binding.get_host_cpu_features
-features = {**own(), "avx512bf16": False}
+features = llvmlite.binding.get_host_cpu_features()
+features["avx512bf16"] = False
 llvmlite.binding.get_host_cpu_features = lambda: features
-from fastrnn.kernels import numba_pairs  # looks at the features while it is imported
-llvmlite.binding.get_host_cpu_features = own
-assert not numba_pairs.HAS_PAIRS
+from test_bfloat16 import HAS_PAIRS, assert_same_as_torch, draw
 from fastrnn.kernels import numba_compile
-from test_bfloat16 import assert_same_as_torch, draw
+assert not HAS_PAIRS
 assert_same_as_torch(draw("GRU", 33, 7, 5, 19), backend="numba")
 assert sorted(numba_compile._addresses) == ["gru_backward_float32", "gru_forward_float32"]
 """
