@@ -18,7 +18,8 @@ _next = FIRST_FIELD + 9
 )
 
 # X (R, S, I), WEIGHT_IH (D, G*H, I), WEIGHT_HH (D, G*H, H'), WEIGHT_HR (D, H', H), BIAS_IH and BIAS_HH (D, G*H); the
-# same weights in panels; BIAS (D, G*H) and BIAS_HN (D, H), the sums of biases that the time loop adds.
+# same weights in panels; BIAS (D, G*H) and BIAS_HN (D, H), the sums of biases that the time loop adds. A kernel for
+# bfloat16 takes x and the weights so, and all other arrays in float32.
 _next += 10
 (X, WEIGHT_IH, WEIGHT_HH, WEIGHT_HR, BIAS_IH, BIAS_HH) = range(_next, _next + 6)
 _next += 6
