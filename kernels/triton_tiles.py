@@ -70,8 +70,8 @@ def _alone(rows: int, units: int, depth: int, columns: int, itemsize: int, limit
 
 def _shared(rows: int, units: int, depth: int, columns: int, itemsize: int, limits: Limits) -> Tiles:
     chunk = min(MOST_CHUNK, ROWS_TIMES_CHUNK // rows, max(16, _power_of_two(depth)))
-    # double precision has no use for long chunks: its products take registers, not tensor cores
-    chunk = chunk if itemsize < 8 else min(chunk, 16)
+    if itemsize == 8:  # products that take many registers: weights would find no room beside them
+        return Tiles(rows, units, 1, 32, -(-depth // 32), 0, 1, False)
     while chunk > 16 and chunk * (rows + columns) * itemsize > limits.shared_bytes // 2:
         chunk //= 2
     chunks = -(-depth // chunk)
