@@ -20,7 +20,11 @@ TORCH ?= $(shell if $(HAS_GPU); then echo 'torch>=2.11'; else echo 'torch==2.13.
 
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help venv bench test lint format clean
+# The GPU's tests and benchmark take the Python that is there, with its torch and Triton; they need nothing installed.
+GPU_PYTHON ?= $(shell command -v python3 || echo python)
+OUT ?= bench/out/gpu
+
+.PHONY: help venv bench test gpu lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +36,17 @@ bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 
 test: $(STAMP) lint ## Lint, format check and all tests
 	$(BIN)/python -m pytest
+
+# The benchmark runs even if a test fails, and checks its own results; make then fails at the end.
+gpu: ## On a machine with a GPU: build, GPU tests, benchmark against cuDNN; CSV and summary in $$OUT
+	mkdir -p $(OUT)
+	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"; print(torch.cuda.get_device_name())'
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	status=0; \
+	timeout 230 $(GPU_PYTHON) -m pytest -q --maxfail 10 tests/test_gpu.py 2>&1 | tee $(OUT)/tests.txt || status=1; \
+	timeout 290 $(GPU_PYTHON) -m bench --device cuda --dtype bfloat16 --backend triton --seconds 2 \
+	    --output $(OUT)/results.csv --plot $(OUT)/ratios.png 2>&1 | tee $(OUT)/summary.txt || status=1; \
+	exit $$status
 
 lint: $(STAMP) ## Check with ruff, and clang-format where there are C++ sources
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ def compile_kernel(kernel: Kernel) -> Resources:
         **dict.fromkeys(constants, "constexpr"),
         **dict.fromkeys(OF_THE_CALL, "i32"),
         **dict.fromkeys(("hidden", "cell", "d_hidden", "d_cell"), wide),
-        **{"reverse": "*i32", "counters": "*i32", "offsets": "*i64"},
+        **{"counters": "*i32", "offsets": "*i64"},
     }
     signature = {name: types.get(name, f"*{TYPES[kernel.dtype]}") for name in scan.arg_names}
     places = {name: (index,) for index, name in enumerate(scan.arg_names)}

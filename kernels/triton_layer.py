@@ -30,8 +30,14 @@ def _limits(device: torch.device) -> Limits:
 
 
 @functools.lru_cache(maxsize=256)
-def _direction_table(reverse: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(reverse, dtype=torch.int32, device=device)
+def _direction_bits(reverse: tuple[int, ...]) -> tuple[int, int]:
+    """The directions of all groups as bits, and after how many groups they repeat: no tensor has to be copied."""
+    for period in range(1, min(len(reverse), 31) + 1):
+        if len(reverse) % period == 0 and reverse == reverse[:period] * (len(reverse) // period):
+            return sum(bool(backwards) << group for group, backwards in enumerate(reverse[:period])), period
+    raise RuntimeError(
+        f"fastrnn: the directions of {len(reverse)} groups should repeat after at most 31, got {reverse}"
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -95,13 +101,14 @@ class _Scan(NamedTuple):
         at_once = pairs if tiles.alone or not together else max(1, limits.programs // blocks)
         if together and not tiles.alone and not INTERPRETED:
             options["launch_cooperative_grid"] = True
-        cell = CELLS[self.cell]
+        cell, directions = CELLS[self.cell], _direction_bits(self.reverse)
         for first_pair in range(0, pairs, at_once):
             grid = (blocks, min(at_once, pairs - first_pair))
             for begin in range(0, rounds, rounds if together else 1):
+                end = rounds if together else begin + 1
                 kernel[grid](
                     *(*tensors, counters, self.groups, self.batch, self.steps),
-                    *(begin, rounds if together else begin + 1, first_pair, batch_tiles),
+                    *(begin, end, first_pair, batch_tiles, *directions),
                     *(self.cell, self.hidden_size, cell.gates, cell.saved),
                     *(tiles.rows, tiles.units, tiles.splits, tiles.chunk, tiles.chunks, tiles.resident),
                     *(tiles.in_flight, tiles.alone),
@@ -176,7 +183,7 @@ def layer_forward(
         offsets = _offsets(batch_sizes, device)
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
-            *(gates_x, weight_hh.contiguous(), bias_hn, _direction_table(scan.reverse, device), offsets, exchange),
+            *(gates_x, weight_hh.contiguous(), bias_hn, offsets, exchange),
             *(hidden, cell_state, output, gates, hidden_prev, cell_prev),
         )
         with _on(device):
@@ -238,7 +245,7 @@ def layer_backward(
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
             *(gates, hidden_prev, cell_prev, None if d_output is None else d_output.contiguous()),
-            *(weight_hh.contiguous(), _direction_table(scan.reverse, device), offsets, dgates, d_hidden, d_cell),
+            *(weight_hh.contiguous(), offsets, dgates, d_hidden, d_cell),
         )
         with _on(device):
             scan.launch(backward_scan, tensors, steps, WITH_D_OUTPUT=d_output is not None)

@@ -31,7 +31,7 @@ from .triton_cells import backward_step, forward_step
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
 
 # Sizes of one call: arguments of the same kernel, whatever their value.
-OF_THE_CALL = ["groups", "batch", "steps", "begin", "end", "first_pair", "tiles"]
+OF_THE_CALL = ["groups", "batch", "steps", "begin", "end", "first_pair", "tiles", "reverse", "period"]
 
 
 @triton.jit
@@ -226,9 +226,9 @@ def _load_operand(source, there, chunk, DEPTH: tl.constexpr, WHOLE: tl.constexpr
 
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def forward_scan(
-    gates_x, weight_hh, bias_hn, reverse, offsets,
+    gates_x, weight_hh, bias_hn, offsets,
     exchange, hidden, cell, output, gates, hidden_prev, cell_prev, counters,
-    groups, batch, steps, begin, end, first_pair, tiles,
+    groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr,
@@ -236,10 +236,11 @@ def forward_scan(
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` in the order of the recurrence.
 
-    gates_x (rows, D, GATES * H); weight_hh (D, GATES * H, H); bias_hn (D, H); reverse (D,) int32; offsets (T + 1,)
-    int64, the first row of each step. exchange (2, D, B, H): the hidden state before even and before odd steps. hidden,
-    cell (D, B, H): the state before ``begin`` and, afterwards, before ``end``. output (rows, D, H) and the reserve are
-    as in ops.py. counters: one int32 of every pair, 32 apart, zero at first.
+    gates_x (rows, D, GATES * H); weight_hh (D, GATES * H, H); bias_hn (D, H); offsets (T + 1,) int64, the first row of
+    each step. exchange (2, D, B, H): the hidden state before even and before odd steps. hidden, cell (D, B, H): the
+    state before ``begin`` and, afterwards, before ``end``. output (rows, D, H) and the reserve are as in ops.py.
+    counters: one int32 of every pair, 32 apart, zero at first. Group d walks back in time if bit d modulo ``period`` of
+    ``reverse`` is set.
     """
     block, pair = tl.program_id(0), first_pair + tl.program_id(1)
     group, tile = pair // tiles, pair % tiles
@@ -251,7 +252,7 @@ def forward_scan(
     state = (group.to(tl.int64) * batch + rows)[:, None] * H + units[None, :]
     state_rows = ((group.to(tl.int64) * batch + rows) * H)[None, :, None]
     slot_size = groups.to(tl.int64) * batch * H
-    backwards = tl.load(reverse + group) != 0
+    backwards = (reverse >> (group % period)) & 1 != 0
     weight = weight_hh + group.to(tl.int64) * (GATES * H * H)
     counter = counters + pair * 32
 
@@ -307,9 +308,9 @@ def forward_scan(
 
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def backward_scan(
-    gates, hidden_prev, cell_prev, d_output, weight_hh, reverse, offsets,
+    gates, hidden_prev, cell_prev, d_output, weight_hh, offsets,
     dgates, d_hidden, d_cell, counters,
-    groups, batch, steps, begin, end, first_pair, tiles,
+    groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr,
@@ -328,7 +329,7 @@ def backward_scan(
     units = block * UNITS + tl.arange(0, UNITS)
     there = (rows < batch)[:, None] & (units < H)[None, :]
     state = (group.to(tl.int64) * batch + rows)[:, None] * H + units[None, :]
-    backwards = tl.load(reverse + group) != 0
+    backwards = (reverse >> (group % period)) & 1 != 0
     weight = weight_hh + group.to(tl.int64) * (GATES * H * H)
     counter = counters + pair * 32
     # the blocks that act on the hidden state are the last GATES

@@ -1,5 +1,8 @@
-"""Triton's kernels run on CPU tensors here, in its interpreter: this must be said before anything imports Triton."""
+"""Without a GPU Triton's kernels run in its interpreter: this must be said before anything imports Triton."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -178,9 +178,7 @@ def run(
         return results
     generator = torch.Generator().manual_seed(seed)
     # Steps of 1/8 are exact in every dtype.
-    cotangents = [
-        (torch.randint(-16, 17, output.shape, generator=generator) / 8).to(output.dtype) for output in outputs
-    ]
+    cotangents = [(torch.randint(-16, 17, output.shape, generator=generator) / 8).to(output) for output in outputs]
     torch.autograd.backward(outputs, cotangents)
     leaves = {f"input[{i}]": leaf for i, leaf in enumerate(tensors_in(input))}
     leaves |= {f"hx[{i}]": leaf for i, leaf in enumerate(tensors_in(hx))}

@@ -208,7 +208,7 @@ def test_programs_that_wait_for_each_other_all_run_at_the_same_time(limits, monk
         done = set()
         for (blocks, pairs), arguments, options in kernel.launches:
             counters, _, _, _, begin, end, first_pair, tiles_of_batch = arguments[:8]
-            rows, units, alone = arguments[12], arguments[13], arguments[18]
+            rows, units, alone = arguments[14], arguments[15], arguments[20]
             assert counters.numel() >= groups * tiles_of_batch * 32
             assert rows * tiles_of_batch >= batch and units * blocks >= hidden
             if not alone and end - begin > 1:
