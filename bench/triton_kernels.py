@@ -44,20 +44,19 @@ class Kernel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes."""
+    """What a compiled kernel takes: registers and spilled bytes of a thread, shared memory of a program."""
 
     registers: int
     spilled_bytes: int
-    shared_bytes: int
+    shared_kb: float
 
 
 def _resources(kernel: Kernel, compiled) -> Resources:
     if kernel.arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        return Resources(
-            registers, 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]), compiled.metadata.shared
-        )
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        return Resources(registers, spilled, compiled.metadata.shared / 1024)
     from triton.backends.nvidia.compiler import get_ptxas
 
     text = compiled.asm["ptx"]
@@ -70,7 +69,7 @@ def _resources(kernel: Kernel, compiled) -> Resources:
         report = subprocess.run(command, check=True, capture_output=True, text=True)
     report = report.stdout + report.stderr
     spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
-    return Resources(int(re.search(r"Used (\d+) registers", report)[1]), spilled, compiled.metadata.shared)
+    return Resources(int(re.search(r"Used (\d+) registers", report)[1]), spilled, compiled.metadata.shared / 1024)
 
 
 def compile_kernel(kernel: Kernel) -> Resources:
@@ -133,17 +132,22 @@ def main() -> None:
     parser.add_argument("--arch", choices=LIMITS, action="append", help="only these GPUs")
     arguments = parser.parse_args()
     kernels = [kernel for kernel in some_kernels() if not arguments.arch or kernel.arch in arguments.arch]
-    print("| GPU | kernel | dtype | H | B | tile | resident | registers | spilled | shared memory |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for kernel, taken in zip(kernels, compile_all(kernels), strict=True):
-        tiles = kernel.tiles()
-        name = f"{kernel.cell} {'backward' if kernel.backward else 'forward'}"
-        share = "all in one program" if tiles.alone else f"{tiles.resident} of {tiles.chunks} chunks"
-        print(
-            f"| {kernel.arch} | {name} | {TYPES[kernel.dtype]} | {kernel.hidden_size} | {kernel.batch} | "
-            f"{tiles.rows} × {tiles.units} | {share} | {taken.registers} | {taken.spilled_bytes} B | "
-            f"{taken.shared_bytes >> 10} KB |"
-        )
+    taken = dict(zip(kernels, compile_all(kernels), strict=True))
+    print("| GPU | cell | dtype | H | B | forward | registers, spilled, shared | backward | the same |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for kernel in kernels:
+        if kernel.backward:
+            continue
+        passes = (kernel, kernel._replace(backward=True))
+        columns = [f"{describe(each.tiles())} | {{}}, {{}} B, {{:.0f}} KB".format(*taken[each]) for each in passes]
+        sizes = f"{TYPES[kernel.dtype]} | {kernel.hidden_size} | {kernel.batch}"
+        print(f"| {kernel.arch} | {kernel.cell} | {sizes} | {' | '.join(columns)} |")
+
+
+def describe(tiles: Tiles) -> str:
+    """The rows and units of a program, and how much of its weights stays on chip."""
+    share = "alone" if tiles.alone else f"{tiles.resident}/{tiles.chunks} on chip"
+    return f"{tiles.rows} × {tiles.units}, {share}"
 
 
 if __name__ == "__main__":

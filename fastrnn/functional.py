@@ -6,6 +6,8 @@ The structure is the smallest that is right for first and second derivatives, ``
 * ``Scan`` runs the fused layer and keeps the activated gates.
 * ``ScanBackward`` turns the gradients of the results into those of the inputs with the fused backward pass. It is a
   Function of its own so that it can be differentiated: its backward goes through ``reference.layer`` twice.
+* ``ScanCheckpointed`` runs the sequence piece by piece, keeps the state before each, and runs a piece once more when
+  its gradient is due: memory for the gates of one piece, not of all steps.
 * ``ScanTransformed`` and ``ScanBackwardTransformed`` are the same two with the extra methods that functorch asks
   for. They cost more per call and are used only while a transform is active. Their ``vmap`` folds a mapped
   dimension into the batch, or, where the weights are mapped too, into the groups.
@@ -145,7 +147,11 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
         gradients = ScanBackward.apply(config, batch_sizes, *arguments, *inputs)
     else:
         gradients = _scan_backward(config, batch_sizes, *arguments, inputs, _is_last_use(gates))
-    gradients = _of_the_only_example(gradients)
+    return _as_given(_of_the_only_example(gradients), grouped)
+
+
+def _as_given(gradients, grouped: bool):
+    """Gradients of inputs that came with their dimension of groups, or without it."""
     if grouped:
         return gradients
     dx, *weights = gradients[:6]
@@ -164,6 +170,124 @@ def _of_the_only_example(gradients):
 def _without_views(tensors):
     """The same tensors as no views: a Function's result that is one could not be changed in place."""
     return tuple(tensor if tensor is None else torch.ops.aten._unsafe_view(tensor, tensor.shape) for tensor in tensors)
+
+
+class _Piece(NamedTuple):
+    """Some time steps of a layer, as rows and as a packing of their own."""
+
+    begin: int
+    end: int
+    batch_sizes: Tensor | None
+
+
+def _pieces(rows: int, batch: int, batch_sizes: Tensor | None, steps: int) -> list[_Piece]:
+    """The rows of a layer cut after every ``steps`` time steps, in the order of time."""
+    if batch_sizes is None:
+        bounds = [*range(0, rows, steps * batch), rows]
+        sizes = [None] * len(bounds)
+    else:
+        sizes = batch_sizes.split(steps)
+        bounds = [0, *torch.stack([part.sum() for part in sizes]).cumsum(0).tolist()]
+    return [_Piece(*slot) for slot in zip(bounds, bounds[1:], sizes, strict=False)]
+
+
+def _directions(config: _Config, inputs: _Inputs) -> list[tuple[slice, _Config, _Inputs]]:
+    """The groups that walk the same way, which can go through pieces of time together, and what is theirs."""
+    backwards = config.reverse
+    alike = len(set(backwards)) == 1
+    together = [slice(0, len(backwards))] if alike else [slice(d, d + 1) for d in range(len(backwards))]
+    parts = []
+    for groups in together:
+        own = [None if tensor is None else tensor[groups] for tensor in inputs[1:]]
+        shared = inputs.x.shape[1] < len(backwards)
+        x = inputs.x if shared else inputs.x[:, groups]
+        parts.append((groups, config._replace(reverse=backwards[groups]), _Inputs(x, *own)))
+    return parts
+
+
+class ScanCheckpointed(Function):
+    """(config, batch_sizes, steps, *inputs) -> output, h_n, c_n; keeps the state before every ``steps`` time steps."""
+
+    @staticmethod
+    def forward(ctx, config, batch_sizes, steps, *inputs):
+        grouped = _grouped(_Inputs(*inputs))
+        rows, (groups, batch, state_size) = grouped.x.shape[0], grouped.h0.shape
+        pieces = _pieces(rows, batch, batch_sizes, steps)
+        output = grouped.x.new_empty(rows, groups * state_size)
+        by_group = output.view(rows, groups, state_size)
+        kept, finals = [], []
+        for which, part, own in _directions(config, grouped):
+            states = [None] * len(pieces)
+            h, c = own.h0, own.c0
+            for number in reversed(range(len(pieces))) if part.reverse[0] else range(len(pieces)):
+                piece = pieces[number]
+                states[number] = h, c
+                here = own._replace(x=own.x[piece.begin : piece.end], h0=h, c0=c)
+                result, h, new_c, *_ = _scan(part, piece.batch_sizes, here, save=False)
+                c = None if c is None else new_c
+                by_group[piece.begin : piece.end, which] = result.view(-1, len(part.reverse), state_size)
+            kept += [tensor for state in states for tensor in state if tensor is not None]
+            finals.append((h, c))
+        ctx.config, ctx.steps = config, steps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, *inputs, *kept)
+        h_n, c_n = (None if parts[0] is None else torch.cat(parts) for parts in zip(*finals, strict=True))
+        if c_n is None:
+            c_n = h_n.new_empty(0)
+            ctx.mark_non_differentiable(c_n)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, d_output, d_h_n, d_c_n):
+        batch_sizes, *inputs = ctx.saved_tensors
+        count = len(_Inputs._fields)
+        inputs, kept = _Inputs(*inputs[:count]), inputs[count:]
+        grouped = _grouped(inputs)
+        config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[3:]))
+        if d_output is None and d_h_n is None and d_c_n is None:
+            gradients = [None] * count
+        elif torch.is_grad_enabled():
+            # a graph of this pass is asked for: it needs the whole reserve
+            with torch.no_grad():
+                _, _, _, gates, hidden_prev, cell_prev = _scan(config, batch_sizes, grouped, save=True)
+            cell_prev = None if grouped.c0 is None else cell_prev
+            reserve = gates, hidden_prev, cell_prev
+            gradients = ScanBackward.apply(config, batch_sizes, d_output, d_h_n, d_c_n, *reserve, *grouped)
+            gradients = _of_the_only_example(gradients)
+        else:
+            gradients = _gradients_by_pieces(config, batch_sizes, ctx.steps, d_output, d_h_n, d_c_n, grouped, kept)
+        return None, None, None, *_as_given(gradients, inputs.x.dim() == 3)
+
+
+def _gradients_by_pieces(config, batch_sizes, steps, d_output, d_h_n, d_c_n, inputs: _Inputs, kept):
+    """Gradients of the inputs: each piece once more from the state kept before it, from the last to the first."""
+    rows, (groups, batch, state_size) = inputs.x.shape[0], inputs.h0.shape
+    pieces = _pieces(rows, batch, batch_sizes, steps)
+    d_output = None if d_output is None else d_output.view(rows, groups, state_size)
+    dx = torch.zeros_like(inputs.x) if config.needs[0] else None
+    kept = iter(kept)
+    by_part = []
+    for which, part, own in _directions(config, inputs):
+        states = [(next(kept), None if own.c0 is None else next(kept)) for _ in pieces]
+        dh, dc = (None if gradient is None else gradient[which] for gradient in (d_h_n, d_c_n))
+        sums = [None] * 5
+        for number in range(len(pieces)) if part.reverse[0] else reversed(range(len(pieces))):
+            begin, end, sizes = pieces[number]
+            h, c = states[number]
+            here = own._replace(x=own.x[begin:end], h0=h, c0=c)
+            *_, gates, hidden_prev, cell_prev = _scan(part, sizes, here, save=True)
+            d_piece = None if d_output is None else d_output[begin:end, which].flatten(1)
+            reserve = gates, hidden_prev, None if c is None else cell_prev
+            gradients = _scan_backward(part, sizes, d_piece, dh, dc, *reserve, here, overwrite=True)
+            d_piece, *d_weights, dh, dc = _of_the_only_example(gradients)
+            if dx is not None:
+                dx[begin:end, which if dx.shape[1] == groups else slice(None)] += d_piece
+            # added up in float32: a sum in half precision would lose what its parts hold
+            d_weights = [None if d is None else d.to(torch.promote_types(d.dtype, torch.float32)) for d in d_weights]
+            sums = [d if total is None else total.add_(d) for total, d in zip(sums, d_weights, strict=True)]
+        by_part.append([*(None if total is None else total.to(inputs.x.dtype) for total in sums), dh, dc])
+    others = [None if parts[0] is None else torch.cat(parts) for parts in zip(*by_part, strict=True)]
+    return [dx, *others]
 
 
 class ScanBackward(Function):
@@ -411,6 +535,7 @@ def layer(
     c0: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: list[int],
+    checkpoint: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -426,6 +551,8 @@ def layer(
         c0: (D, B, H) for the LSTM, else None.
         batch_sizes: (T,) int64 on the CPU for a packed input, None for a dense one.
         reverse: for every group 1 if it walks back in time, else 0.
+        checkpoint: keep the state every so many time steps, and compute again what lies between; None keeps all.
+            Where a transform, a tracer or torch.compile looks on, all is kept.
 
     Returns:
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
@@ -445,7 +572,10 @@ def layer(
         and not torch.jit.is_tracing()
         and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     ):
-        results = Scan.apply(config, batch_sizes, *inputs)
+        if checkpoint is not None and is_plain(inputs):
+            results = ScanCheckpointed.apply(config, batch_sizes, checkpoint, *inputs)
+        else:
+            results = Scan.apply(config, batch_sizes, *inputs)
     else:
         results = _scan(config, batch_sizes, _grouped(inputs), save=False)
     return results[:3] if CELLS[cell].has_cell_state else results[:2]

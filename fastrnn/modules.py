@@ -88,6 +88,18 @@ class _Layer(nn.RNNBase):
     """What the three layers share; ``_torch`` is the torch.nn class that a subclass stands in for."""
 
     _torch: ClassVar[type[nn.RNNBase]]
+    checkpoint: int | None = None
+
+    def _set_checkpoint(self, checkpoint: int | None) -> None:
+        counts = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
+        if checkpoint is not None and not counts:
+            raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {checkpoint!r}")
+        if checkpoint is not None:
+            self.checkpoint = checkpoint
+
+    def extra_repr(self) -> str:
+        more = "" if self.checkpoint is None else f", checkpoint={self.checkpoint}"
+        return super().extra_repr() + more
 
     # torch keeps lists of its weights that go stale (after functional_call, deepcopy, a parametrization). Here they are
     # looked up when they are needed.
@@ -252,7 +264,7 @@ class _Layer(nn.RNNBase):
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
-                *(h0, c0, batch_sizes, reverse),
+                *(h0, c0, batch_sizes, reverse, self.checkpoint),
             )
             finals.append(final)
             if self.dropout and self.training and layer < self.num_layers - 1:
@@ -303,6 +315,9 @@ class RNN(_Layer):
         dropout: probability of dropping an output of every layer but the last, in training.
         bidirectional: whether a second direction reads the input from its end.
         device, dtype: of the parameters.
+        checkpoint: in training, keep the state every so many time steps only, and compute what lies between once more
+            in the backward pass (Chen et al. 2016): a third more time, and memory for input, output and one such
+            piece of time. None keeps everything; so do ``torch.compile``, ``torch.func`` and the backend "torch".
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages.
@@ -322,6 +337,8 @@ class RNN(_Layer):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        checkpoint: int | None = None,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -334,6 +351,7 @@ class RNN(_Layer):
             device=device,
             dtype=dtype,
         )
+        self._set_checkpoint(checkpoint)
 
 
 class GRU(_Layer):
@@ -356,6 +374,8 @@ class GRU(_Layer):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        checkpoint: int | None = None,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -365,6 +385,7 @@ class GRU(_Layer):
             device=device,
             dtype=dtype,
         )
+        self._set_checkpoint(checkpoint)
 
 
 class LSTM(_Layer):
@@ -389,6 +410,8 @@ class LSTM(_Layer):
         proj_size: int = 0,
         device=None,
         dtype=None,
+        *,
+        checkpoint: int | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -396,6 +419,7 @@ class LSTM(_Layer):
             device=device,
             dtype=dtype,
         )
+        self._set_checkpoint(checkpoint)
 
     # torch.nn.LSTM.forward, which runs for calls left to torch, needs these three.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

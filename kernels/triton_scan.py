@@ -286,20 +286,22 @@ def forward_scan(
         products = _gates_of(_add_up(sums, SPLITS, ROWS, COLUMNS), ROWS, UNITS, GATES)
         saved, new_h, new_c = forward_step(CELL, products, x, bias, h, c, EXACT)
 
-        if SAVE:
-            _store_tiles(gates, saved, entries, units, mask, H, SAVED)
-            _store_tiles(hidden_prev, (h,), entries, units, mask, H, 1)
-            if CELL == "lstm":
-                _store_tiles(cell_prev, (c,), entries, units, mask, H, 1)
         # the state of a sequence that does not run stays as it is
+        old_h, old_c = h, c
         h = tl.where(mask, new_h, h)
         c = tl.where(mask, new_c, c)
-        _store_tiles(output, (h,), entries, units, mask, H, 1)
         if not ALONE:
+            # before all other stores, which an arrival would wait for
             target = exchange + (index + 1) % 2 * slot_size + state
             tl.store(target, _narrow(h, exchange.dtype.element_ty), mask=there)
             if index + 1 < end:
                 _arrive(counter)
+        _store_tiles(output, (h,), entries, units, mask, H, 1)
+        if SAVE:
+            _store_tiles(gates, saved, entries, units, mask, H, SAVED)
+            _store_tiles(hidden_prev, (old_h,), entries, units, mask, H, 1)
+            if CELL == "lstm":
+                _store_tiles(cell_prev, (old_c,), entries, units, mask, H, 1)
 
     tl.store(hidden + state, h, mask=there)
     if CELL == "lstm":

@@ -28,7 +28,7 @@ def main():
     ]
     results = compile_all(kernels)
     print(json.dumps([
-        [str(kernel), LIMITS[kernel.arch].shared_bytes, *taken] for kernel, taken in zip(kernels, results)
+        [str(kernel), LIMITS[kernel.arch].shared_bytes / 1024, *taken] for kernel, taken in zip(kernels, results)
     ]))
 
 if __name__ == "__main__":
