@@ -316,8 +316,8 @@ class RNN(_Layer):
         bidirectional: whether a second direction reads the input from its end.
         device, dtype: of the parameters.
         checkpoint: in training, keep the state every so many time steps only, and compute what lies between once more
-            in the backward pass (Chen et al. 2016): a third more time, and memory for input, output and one such
-            piece of time. None keeps everything; so do ``torch.compile``, ``torch.func`` and the backend "torch".
+            in the backward pass (Chen et al. 2016): one more forward pass of time, and memory for input, output and
+            one such piece. None keeps everything; so do ``torch.compile``, ``torch.func`` and the backend "torch".
 
     Raises:
         ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages.

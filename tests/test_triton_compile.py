@@ -17,7 +17,7 @@ import torch
 from bench.triton_kernels import LIMITS, Kernel, compile_all, some_kernels
 
 def main():
-    kernels = some_kernels(sizes=((128, 64), (512, 32), (2048, 16)))
+    kernels = some_kernels(sizes=((128, 64), (1024, 96)))
     # of the other types, one size each on each GPU
     kernels += [
         Kernel(arch, cell, backward, 200, 33, dtype)
