@@ -165,7 +165,7 @@ def _make_backward_packing(layout, operands, jit):
     return packing
 
 
-def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
+def _build(name: str, cell: str, backward: bool, dtype: torch.dtype, projected: bool):
     """The function to compile for one cell, pass and dtype: what every thread of a team runs.
 
     For bfloat16 x and the weights are that, and products take pairs of it; the other arrays are float32.
@@ -178,7 +178,7 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
         products = numba_gradients.make_products(layout, operands, jit)
     else:
         packing = _make_forward_packing(layout, operands, jit)
-        run_part = make_forward_part(layout, FORWARD[cell], operands, jit)
+        run_part = make_forward_part(layout, FORWARD[cell], projected, operands, jit)
 
     @jit
     def parts(call, thread, team):
@@ -216,10 +216,14 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype):
 
 
 @functools.cache
-def kernel(cell: str, backward: bool, dtype: torch.dtype) -> int:
-    """The address of a cell's kernel for one pass: float32, float64, or float32 with products of bfloat16."""
-    name = f"{cell}_{'backward' if backward else 'forward'}_{str(dtype).removeprefix('torch.')}"
-    return kernel_address(name, functools.partial(_build, name, cell, backward, dtype))
+def kernel(cell: str, backward: bool, dtype: torch.dtype, projected: bool) -> int:
+    """The address of a cell's kernel for one pass: float32, float64, or float32 with products of bfloat16.
+
+    A forward pass with a projection has a kernel of its own: compiling it takes longer. The backward pass has not.
+    """
+    projected = projected and not backward
+    name = f"{cell}{'_projected' * projected}_{'backward' if backward else 'forward'}_{str(dtype)[6:]}"
+    return kernel_address(name, functools.partial(_build, name, cell, backward, dtype, projected))
 
 
 # What the plan assumes of a core: multiply-adds per nanosecond, of 4 bytes (half as many of 8 bytes, twice as many of
@@ -450,7 +454,7 @@ def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
     address = memory.data_ptr()
     for place, offset in plan.regions:
         call[place] = address + offset
-    run(kernel(sizes.cell, sizes.backward, sizes.dtype), call, plan.threads)
+    run(kernel(sizes.cell, sizes.backward, sizes.dtype, sizes.projected), call, plan.threads)
     if memory.numel() <= KEPT_BYTES:
         _kept.memory = memory
 

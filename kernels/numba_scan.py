@@ -103,13 +103,58 @@ LAYOUTS = {
 }
 
 
-def make_forward_part(layout: Layout, step_forward, operands: Operands, jit):
+def _make_panel_product(layout: Layout, jit):
+    """Products of rows with one panel of the gates' weights: only what this cell needs is compiled."""
+    if layout.gates == 1:
+
+        @jit
+        def panel_product(rows, stride, count, panel, depth, out, out_stride, size, left, addend, add):
+            multiply_neighbours(rows, stride, 1, count, panel, depth, out, out_stride, left, addend, 0, add)
+
+    else:
+        multiply_gates = multiply_panel[layout.vectors]
+
+        @jit
+        def panel_product(rows, stride, count, panel, depth, out, out_stride, size, left, addend, add):
+            multiply_gates(rows, stride, 1, count, panel, depth, out, out_stride, size, left, 0, addend, 0, add)
+
+    return panel_product
+
+
+def _make_projection(projected: bool, operands: Operands, jit):
+    """The LSTM's projection of some rows of hidden states, W_hr h; nothing in kernels of layers without one."""
+    if not projected:
+
+        @jit
+        def project(call, pairs, unprojected, rows, panels_hr, weight_hr, hidden):
+            pass
+
+        return project
+    operand, paired = operands.rows, operands.paired
+
+    @jit
+    def project(call, pairs, unprojected, rows, panels_hr, weight_hr, hidden):
+        size, state_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE]
+        if paired or call[field.PACKED] != 0:
+            source, stride, depth = operand(unprojected, size, rows, size, pairs)
+            for column in range(0, state_size, WIDE * lanes(hidden)):
+                multiply_neighbours(
+                    *(source, stride, 1, rows, advance(panels_hr, column * depth), depth),
+                    *(advance(hidden, column), state_size, state_size - column, unprojected, 0, False),
+                )
+        else:
+            multiply_rows(unprojected, size, rows, weight_hr, size, state_size, hidden, state_size, unprojected, False)
+
+    return project
+
+
+def make_forward_part(layout: Layout, step_forward, projected: bool, operands: Operands, jit):
     """The forward time loop of one cell; ``jit`` compiles under the kernel's name."""
     gate_count, saved_count = layout
     vectors, panel_vectors = layout.vectors, layout.panel_vectors
-    multiply_gates = multiply_panel[vectors]
     paired, stored, packed = operands.paired, operands.stored, operands.packed
     operand, depth_of = operands.rows, operands.depth
+    panel_product, project = _make_panel_product(layout, jit), _make_projection(projected, operands, jit)
 
     @jit
     def gate_product(
@@ -127,16 +172,10 @@ def make_forward_part(layout: Layout, step_forward, operands: Operands, jit):
                     unit = panel * units
                     lines = advance(panels, panel * deep * vectors * vector)
                     target = advance(out, begin * out_stride + unit)
-                    if gate_count > 1:
-                        multiply_gates(
-                            *(block, stride, 1, count, lines, deep, target, out_stride, size, size - unit, 0),
-                            *(advance(addend, unit), 0, add),
-                        )
-                    else:
-                        multiply_neighbours(
-                            *(block, stride, 1, count, lines, deep, target, out_stride, size - unit),
-                            *(advance(addend, unit), 0, add),
-                        )
+                    panel_product(
+                        *(block, stride, count, lines, deep, target, out_stride, size, size - unit),
+                        *(advance(addend, unit), add),
+                    )
         else:
             unit = first_panel * units
             count = min(size, end_panel * units) - unit
@@ -154,7 +193,7 @@ def make_forward_part(layout: Layout, step_forward, operands: Operands, jit):
         gate_size, saved_size = gate_count * size, saved_count * size
         batch, directions, sources = call[field.BATCH], call[field.DIRECTIONS], call[field.SOURCES]
         steps, dense = call[field.STEPS], call[field.BATCH_SIZES] == 0
-        save, projected = call[field.GATES] != 0, call[field.WEIGHT_HR] != 0
+        save = call[field.GATES] != 0
         vector = lanes(as_pointer(call[field.OUTPUT], zero))
         panels = panels_of(size, panel_vectors * vector)
         first_panel, end_panel = panels * member // members, panels * (member + 1) // members
@@ -290,19 +329,7 @@ def make_forward_part(layout: Layout, step_forward, operands: Operands, jit):
                                 *(row_product, row_gates_x, bias_hn, row_old, row_new, row_cell, row_gates),
                                 *(size, full, end_unit - full, save),
                             )
-                    if projected and (paired or call[field.PACKED] != 0):
-                        source, stride, deep = operand(unprojected, size, rows, size, pairs)
-                        for panel in range(projection_panels):
-                            column = panel * wide
-                            multiply_neighbours(
-                                *(source, stride, 1, rows, advance(panels_hr, column * deep), deep),
-                                *(advance(block_new, column), state_size, state_size - column, unprojected, 0, False),
-                            )
-                    elif projected:
-                        multiply_rows(
-                            *(unprojected, size, rows, weight_hr, size, state_size, block_new, state_size),
-                            *(unprojected, False),
-                        )
+                    project(call, pairs, unprojected, rows, panels_hr, weight_hr, block_new)
                     copy_rows(
                         *(advance(block_new, first_state), state_size),
                         *(advance(output, entry * state_size + first_state), state_stride, rows, states),

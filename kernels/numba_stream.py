@@ -47,7 +47,7 @@ class _Prepared:
         for place, tensor in arrays.items():
             if tensor is not None:
                 call[place] = tensor.data_ptr()
-        self.run, self.values = prepare_run(kernel(cell_name, False, dtype), call, plan.threads)
+        self.run, self.values = prepare_run(kernel(cell_name, False, dtype, weight_hr is not None), call, plan.threads)
         # Threads that share the hidden units read one copy of the state and write another.
         self.shared = plan.members > 1
         self._keep = (scratch, arrays)

@@ -24,9 +24,9 @@ def kernels_used(monkeypatch):
     """The dtypes of the kernels that run."""
     used, kernel = [], numba_layer.kernel
 
-    def recording(cell, backward, dtype):
+    def recording(cell, backward, dtype, projected):
         used.append(dtype)
-        return kernel(cell, backward, dtype)
+        return kernel(cell, backward, dtype, projected)
 
     monkeypatch.setattr(numba_layer, "kernel", recording)
     return used
