@@ -87,7 +87,13 @@ def compile_kernel(kernel: Kernel) -> Resources:
     constants = {
         **{"CELL": kernel.cell, "H": kernel.hidden_size, "GATES": cell.gates, "SAVED": cell.saved},
         **{name.upper(): value for name, value in tiles._asdict().items()},
-        **{"PACKED": False, "SAVE": True, "WITH_D_OUTPUT": True, "PRECISION": "tf32" if tf32 else "ieee"},
+        **{
+            "PACKED": False,
+            "SAVE": True,
+            "WITH_D_OUTPUT": True,
+            "WITH_RESETS": False,
+            "PRECISION": "tf32" if tf32 else "ieee",
+        },
         "EXACT": kernel.dtype in (torch.float32, torch.float64),
     }
     wide = "*fp64" if kernel.dtype == torch.float64 else "*fp32"
@@ -95,7 +101,7 @@ def compile_kernel(kernel: Kernel) -> Resources:
         **dict.fromkeys(constants, "constexpr"),
         **dict.fromkeys(OF_THE_CALL, "i32"),
         **dict.fromkeys(("hidden", "cell", "d_hidden", "d_cell"), wide),
-        **{"counters": "*i32", "offsets": "*i64"},
+        **{"counters": "*i32", "offsets": "*i64", "resets": "*u8"},
     }
     signature = {name: types.get(name, f"*{TYPES[kernel.dtype]}") for name in scan.arg_names}
     places = {name: (index,) for index, name in enumerate(scan.arg_names)}

@@ -72,16 +72,20 @@ def is_plain(tensors) -> bool:
     )
 
 
-def _scan(config: _Config, batch_sizes: Tensor | None, inputs: _Inputs, save: bool) -> tuple[Tensor, ...]:
+def _scan(
+    config: _Config, batch_sizes: Tensor | None, resets: Tensor | None, inputs: _Inputs, save: bool
+) -> tuple[Tensor, ...]:
     if is_plain(inputs):
         with torch.no_grad():
-            return ops.layer_forward_on(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save)
+            return ops.layer_forward_on(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets)
     # past the operator's own derivative, which would cost 10 µs and do nothing here
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.layer_forward(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save)
+        return ops.layer_forward(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets)
 
 
-def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs, overwrite=False):
+def _scan_backward(
+    config, batch_sizes, resets, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs, overwrite=False
+):
     """Gradients of the inputs, in the order of _Inputs; those of weights and biases per example: (examples, ...).
 
     ``overwrite``: nobody will read the reserve again.
@@ -91,7 +95,7 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
     needs = [needed and given for needed, given in zip(config.needs, there, strict=False)]
     arguments = (
         *(config.backend, config.cell, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev),
-        *(x, weight_ih, weight_hh, weight_hr, h0.shape[1], batch_sizes, config.reverse, config.examples, needs),
+        *(x, weight_ih, weight_hh, weight_hr, h0.shape[1], batch_sizes, config.reverse, config.examples, needs, resets),
     )
     if overwrite:
         *gradients, dh0, dc0 = ops.layer_backward_on(*arguments, overwrite=True)
@@ -102,51 +106,60 @@ def _scan_backward(config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_pr
 
 
 class Scan(Function):
-    """(config, batch_sizes, *inputs) -> output, h_n, c_n and the reserve: gates, hidden_prev, cell_prev."""
+    """(config, batch_sizes, resets, *inputs) -> output, h_n, c_n and the reserve: gates, hidden_prev, cell_prev."""
 
     @staticmethod
-    def forward(ctx, config, batch_sizes, *inputs):
-        results = _scan(config, batch_sizes, _grouped(_Inputs(*inputs)), save=True)
-        Scan.keep(ctx, (config, batch_sizes, *inputs), results)
+    def forward(ctx, config, batch_sizes, resets, *inputs):
+        results = _scan(config, batch_sizes, resets, _grouped(_Inputs(*inputs)), save=True)
+        Scan.keep(ctx, (config, batch_sizes, resets, *inputs), results)
         return results
 
     @staticmethod
     def keep(ctx, inputs, output):
-        config, batch_sizes, *tensors = inputs
+        config, batch_sizes, resets, *tensors = inputs
         _, _, c_n, *reserve = output
         ctx.config = config
         ctx.set_materialize_grads(False)
         has_cell_state = CELLS[config.cell].has_cell_state
         ctx.mark_non_differentiable(*reserve, *(() if has_cell_state else (c_n,)))
-        ctx.save_for_backward(batch_sizes, *reserve, *tensors)
+        ctx.save_for_backward(batch_sizes, resets, *reserve, *tensors)
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n, *_):
-        return (None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
+        return (None, None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
 
 
-def _is_last_use(gates: Tensor) -> bool:
+def _are_plain(cotangents) -> bool:
+    """Whether incoming gradients are ordinary tensors: those of ``is_grads_batched=True`` only look so."""
+    return is_plain(cotangents) and not any(
+        cotangent is not None and torch._C._functorch.is_legacy_batchedtensor(cotangent) for cotangent in cotangents
+    )
+
+
+def _is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
     """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
-    return is_plain((gates,)) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not keeps and is_plain((gates,)) and _are_plain(cotangents)
 
 
 def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     """The gradients of a layer's inputs from what ``Scan`` saved, in the cheapest way that the moment allows."""
-    batch_sizes, gates, hidden_prev, cell_prev, *inputs = ctx.saved_tensors
+    batch_sizes, resets, gates, hidden_prev, cell_prev, *inputs = ctx.saved_tensors
     if d_output is None and d_h_n is None and d_c_n is None:
         return [None] * len(inputs)
-    config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[2:]))
+    config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[3:]))
     if not CELLS[config.cell].has_cell_state:
         cell_prev = None
     arguments = (d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev)
     grouped = inputs[0].dim() == 3
     inputs = _grouped(_Inputs(*inputs))
     if torch._C._are_functorch_transforms_active():
-        gradients = ScanBackwardTransformed.apply(config, batch_sizes, *arguments, *inputs)
+        gradients = ScanBackwardTransformed.apply(config, batch_sizes, resets, *arguments, *inputs)
     elif torch.is_grad_enabled():
-        gradients = ScanBackward.apply(config, batch_sizes, *arguments, *inputs)
+        gradients = ScanBackward.apply(config, batch_sizes, resets, *arguments, *inputs)
     else:
-        gradients = _scan_backward(config, batch_sizes, *arguments, inputs, _is_last_use(gates))
+        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n)
+        gradients = _scan_backward(config, batch_sizes, resets, *arguments, inputs, last_use)
     return _as_given(_of_the_only_example(gradients), grouped)
 
 
@@ -206,10 +219,10 @@ def _directions(config: _Config, inputs: _Inputs) -> list[tuple[slice, _Config, 
 
 
 class ScanCheckpointed(Function):
-    """(config, batch_sizes, steps, *inputs) -> output, h_n, c_n; keeps the state before every ``steps`` time steps."""
+    """(config, batch_sizes, resets, steps, *inputs) -> output, h_n, c_n; keeps the state every ``steps`` time steps."""
 
     @staticmethod
-    def forward(ctx, config, batch_sizes, steps, *inputs):
+    def forward(ctx, config, batch_sizes, resets, steps, *inputs):
         grouped = _grouped(_Inputs(*inputs))
         rows, (groups, batch, state_size) = grouped.x.shape[0], grouped.h0.shape
         pieces = _pieces(rows, batch, batch_sizes, steps)
@@ -223,14 +236,15 @@ class ScanCheckpointed(Function):
                 piece = pieces[number]
                 states[number] = h, c
                 here = own._replace(x=own.x[piece.begin : piece.end], h0=h, c0=c)
-                result, h, new_c, *_ = _scan(part, piece.batch_sizes, here, save=False)
+                own_resets = None if resets is None else resets[piece.begin : piece.end, which]
+                result, h, new_c, *_ = _scan(part, piece.batch_sizes, own_resets, here, save=False)
                 c = None if c is None else new_c
                 by_group[piece.begin : piece.end, which] = result.view(-1, len(part.reverse), state_size)
             kept += [tensor for state in states for tensor in state if tensor is not None]
             finals.append((h, c))
         ctx.config, ctx.steps = config, steps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, *inputs, *kept)
+        ctx.save_for_backward(batch_sizes, resets, *inputs, *kept)
         h_n, c_n = (None if parts[0] is None else torch.cat(parts) for parts in zip(*finals, strict=True))
         if c_n is None:
             c_n = h_n.new_empty(0)
@@ -239,27 +253,33 @@ class ScanCheckpointed(Function):
 
     @staticmethod
     def backward(ctx, d_output, d_h_n, d_c_n):
-        batch_sizes, *inputs = ctx.saved_tensors
+        batch_sizes, resets, *inputs = ctx.saved_tensors
         count = len(_Inputs._fields)
         inputs, kept = _Inputs(*inputs[:count]), inputs[count:]
         grouped = _grouped(inputs)
-        config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[3:]))
+        config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[4:]))
         if d_output is None and d_h_n is None and d_c_n is None:
             gradients = [None] * count
-        elif torch.is_grad_enabled():
-            # a graph of this pass is asked for: it needs the whole reserve
+        elif torch.is_grad_enabled() or not _are_plain((d_output, d_h_n, d_c_n)):
+            # a graph of this pass is asked for, or it is mapped: that needs the whole reserve
             with torch.no_grad():
-                _, _, _, gates, hidden_prev, cell_prev = _scan(config, batch_sizes, grouped, save=True)
-            cell_prev = None if grouped.c0 is None else cell_prev
-            reserve = gates, hidden_prev, cell_prev
-            gradients = ScanBackward.apply(config, batch_sizes, d_output, d_h_n, d_c_n, *reserve, *grouped)
+                _, _, _, gates, hidden_prev, cell_prev = _scan(config, batch_sizes, resets, grouped, save=True)
+            reserve = gates, hidden_prev, None if grouped.c0 is None else cell_prev
+            arguments = config, batch_sizes, resets, d_output, d_h_n, d_c_n, *reserve
+            if torch._C._are_functorch_transforms_active():
+                gradients = ScanBackwardTransformed.apply(*arguments, *grouped)
+            elif torch.is_grad_enabled():
+                gradients = ScanBackward.apply(*arguments, *grouped)
+            else:
+                gradients = _scan_backward(*arguments, grouped)
             gradients = _of_the_only_example(gradients)
         else:
-            gradients = _gradients_by_pieces(config, batch_sizes, ctx.steps, d_output, d_h_n, d_c_n, grouped, kept)
-        return None, None, None, *_as_given(gradients, inputs.x.dim() == 3)
+            cotangents = d_output, d_h_n, d_c_n
+            gradients = _gradients_by_pieces(config, batch_sizes, resets, ctx.steps, *cotangents, grouped, kept)
+        return None, None, None, None, *_as_given(gradients, inputs.x.dim() == 3)
 
 
-def _gradients_by_pieces(config, batch_sizes, steps, d_output, d_h_n, d_c_n, inputs: _Inputs, kept):
+def _gradients_by_pieces(config, batch_sizes, resets, steps, d_output, d_h_n, d_c_n, inputs: _Inputs, kept):
     """Gradients of the inputs: each piece once more from the state kept before it, from the last to the first."""
     rows, (groups, batch, state_size) = inputs.x.shape[0], inputs.h0.shape
     pieces = _pieces(rows, batch, batch_sizes, steps)
@@ -275,10 +295,11 @@ def _gradients_by_pieces(config, batch_sizes, steps, d_output, d_h_n, d_c_n, inp
             begin, end, sizes = pieces[number]
             h, c = states[number]
             here = own._replace(x=own.x[begin:end], h0=h, c0=c)
-            *_, gates, hidden_prev, cell_prev = _scan(part, sizes, here, save=True)
+            own_resets = None if resets is None else resets[begin:end, which]
+            *_, gates, hidden_prev, cell_prev = _scan(part, sizes, own_resets, here, save=True)
             d_piece = None if d_output is None else d_output[begin:end, which].flatten(1)
             reserve = gates, hidden_prev, None if c is None else cell_prev
-            gradients = _scan_backward(part, sizes, d_piece, dh, dc, *reserve, here, overwrite=True)
+            gradients = _scan_backward(part, sizes, own_resets, d_piece, dh, dc, *reserve, here, overwrite=True)
             d_piece, *d_weights, dh, dc = _of_the_only_example(gradients)
             if dx is not None:
                 dx[begin:end, which if dx.shape[1] == groups else slice(None)] += d_piece
@@ -291,26 +312,26 @@ def _gradients_by_pieces(config, batch_sizes, steps, d_output, d_h_n, d_c_n, inp
 
 
 class ScanBackward(Function):
-    """(config, batch_sizes, d_output, d_h_n, d_c_n, *reserve, *inputs) -> gradients of the inputs."""
+    """(config, batch_sizes, resets, d_output, d_h_n, d_c_n, *reserve, *inputs) -> gradients of the inputs."""
 
     @staticmethod
-    def forward(ctx, config, batch_sizes, *tensors):
-        results = _without_views(_scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:])))
-        ScanBackward.keep(ctx, (config, batch_sizes, *tensors), results)
+    def forward(ctx, config, batch_sizes, resets, *tensors):
+        results = _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:6], _Inputs(*tensors[6:])))
+        ScanBackward.keep(ctx, (config, batch_sizes, resets, *tensors), results)
         return results
 
     @staticmethod
     def keep(ctx, inputs, output):
-        config, batch_sizes, d_output, d_h_n, d_c_n, _, _, _, *tensors = inputs
+        config, batch_sizes, resets, d_output, d_h_n, d_c_n, _, _, _, *tensors = inputs
         ctx.config = config
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, d_output, d_h_n, d_c_n, *tensors)
+        ctx.save_for_backward(batch_sizes, resets, d_output, d_h_n, d_c_n, *tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        batch_sizes, *tensors = ctx.saved_tensors
-        gradients = _second_derivative(ctx.config, batch_sizes, tensors, cotangents)
-        return (None, None, *gradients[:3], None, None, None, *gradients[3:])
+        batch_sizes, resets, *tensors = ctx.saved_tensors
+        gradients = _second_derivative(ctx.config, batch_sizes, resets, tensors, cotangents)
+        return (None, None, None, *gradients[:3], None, None, None, *gradients[3:])
 
 
 def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -337,7 +358,9 @@ def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: di
     return dict(zip(inputs, gradients, strict=True))
 
 
-def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cotangents) -> list[Tensor | None]:
+def _second_derivative(
+    config: _Config, batch_sizes: Tensor | None, resets: Tensor | None, tensors, cotangents
+) -> list[Tensor | None]:
     """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, *inputs).
 
     ``ScanBackward`` is itself the vector-Jacobian product of ``reference.layer``: two nested ones give the second.
@@ -349,13 +372,13 @@ def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cot
         return [None] * len(names)
     sizes = None if batch_sizes is None else batch_sizes // config.examples
 
-    def first_derivative(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def first_derivative(given: dict[str, Tensor], resets: Tensor | None) -> dict[str, Tensor]:
         d_results = {name: given[name] for name in ("output", "h_n", "c_n") if name in given}
         inputs = {name: given[name] for name in _Inputs._fields if name in given}
 
         def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             arguments = [inputs.get(name) for name in _Inputs._fields]
-            results = reference.layer(config.cell, *arguments, sizes, config.reverse)
+            results = reference.layer(config.cell, *arguments, sizes, config.reverse, resets)
             results = dict(zip(("output", "h_n", "c_n"), results, strict=True))
             return {name: results[name] for name in d_results}
 
@@ -364,7 +387,7 @@ def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cot
 
     def per_example(given: dict[str, Tensor]) -> dict[str, Tensor]:
         if config.examples == 1:
-            gradients = first_derivative(given)
+            gradients = first_derivative(given, resets)
             return {name: g[None] if name in _PER_EXAMPLE else g for name, g in gradients.items()}
         split = {
             name: tensor if name in _PER_EXAMPLE else tensor.unflatten(_axis(name), (-1, config.examples))
@@ -372,7 +395,9 @@ def _second_derivative(config: _Config, batch_sizes: Tensor | None, tensors, cot
         }
         in_dims = {name: None if name in _PER_EXAMPLE else _axis(name) + 1 for name in split}
         out_dims = {name: 0 if name in _PER_EXAMPLE else _axis(name) + 1 for name in wanted}
-        gradients = torch.func.vmap(first_derivative, in_dims=(in_dims,), out_dims=out_dims)(split)
+        own_resets = None if resets is None else resets.unflatten(0, (-1, config.examples))
+        mapped = torch.func.vmap(first_derivative, in_dims=(in_dims, None if resets is None else 1), out_dims=out_dims)
+        gradients = mapped(split, own_resets)
         return {
             name: g if name in _PER_EXAMPLE else g.flatten(_axis(name), _axis(name) + 1)
             for name, g in gradients.items()
@@ -439,9 +464,9 @@ class _Folding:
         return batch_sizes if batch_sizes is None or self.into_groups else batch_sizes * self.size
 
 
-def _mapped(function, info, in_dims, config, batch_sizes, names, tensors, result_names):
+def _mapped(function, info, in_dims, config, batch_sizes, resets, names, tensors, result_names):
     """Apply ``function`` to tensors with a mapped dimension: ``vmap``'s rule for both Functions."""
-    dims = in_dims[2:]
+    _, _, dim_of_resets, *dims = in_dims
     into_groups = any(dim is not None for name, dim in zip(names, dims, strict=True) if name in _PER_EXAMPLE)
     folding = _Folding(info.batch_size, into_groups)
     folded = [folding.fold(*slot) for slot in zip(names, tensors, dims, strict=True)]
@@ -449,7 +474,8 @@ def _mapped(function, info, in_dims, config, batch_sizes, names, tensors, result
         config = config._replace(reverse=config.reverse * info.batch_size)
     elif function is ScanBackwardTransformed:
         config = config._replace(examples=config.examples * info.batch_size)
-    results = function.apply(config, folding.batch_sizes(batch_sizes), *folded)
+    resets = folding.fold("resets", resets, dim_of_resets)
+    results = function.apply(config, folding.batch_sizes(batch_sizes), resets, *folded)
     unfolded = [folding.unfold(*slot) for slot in zip(result_names, results, strict=True)]
     return tuple(tensor for tensor, _ in unfolded), tuple(dim for _, dim in unfolded)
 
@@ -463,13 +489,13 @@ class ScanTransformed(Scan):
     setup_context = staticmethod(Scan.keep)
 
     @staticmethod
-    def forward(config, batch_sizes, *inputs):
-        return _scan(config, batch_sizes, _Inputs(*inputs), save=True)
+    def forward(config, batch_sizes, resets, *inputs):
+        return _scan(config, batch_sizes, resets, _Inputs(*inputs), save=True)
 
     @staticmethod
-    def vmap(info, in_dims, config, batch_sizes, *inputs):
+    def vmap(info, in_dims, config, batch_sizes, resets, *inputs):
         results = ("output", "h_n", "c_n", *_RESERVE)
-        return _mapped(ScanTransformed, info, in_dims, config, batch_sizes, _Inputs._fields, inputs, results)
+        return _mapped(ScanTransformed, info, in_dims, config, batch_sizes, resets, _Inputs._fields, inputs, results)
 
 
 class ScanBackwardTransformed(ScanBackward):
@@ -478,37 +504,37 @@ class ScanBackwardTransformed(ScanBackward):
     setup_context = staticmethod(ScanBackward.keep)
 
     @staticmethod
-    def forward(config, batch_sizes, *tensors):
-        return _without_views(_scan_backward(config, batch_sizes, *tensors[:6], _Inputs(*tensors[6:])))
+    def forward(config, batch_sizes, resets, *tensors):
+        return _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:6], _Inputs(*tensors[6:])))
 
     @staticmethod
-    def vmap(info, in_dims, config, batch_sizes, *tensors):
+    def vmap(info, in_dims, config, batch_sizes, resets, *tensors):
         names = ("output", "h_n", "c_n", *_RESERVE, *_Inputs._fields)
         results = [f"d_{name}" for name in _Inputs._fields]
-        return _mapped(ScanBackwardTransformed, info, in_dims, config, batch_sizes, names, tensors, results)
+        return _mapped(ScanBackwardTransformed, info, in_dims, config, batch_sizes, resets, names, tensors, results)
 
 
 def _keep_for_operator(ctx, inputs, output):
-    backend, cell, *tensors, reverse, _ = inputs
+    backend, cell, *tensors, reverse, _, resets = inputs
     ctx.config = (backend, cell, reverse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, resets)
 
 
 @once_differentiable
 def _operator_gradients(ctx, d_output, d_h_n, d_c_n, *_):
     """The derivative of the operator called by itself, as programs from ``torch.export`` and ``torch.jit.trace`` do."""
     backend, cell, reverse = ctx.config
-    *inputs, batch_sizes = ctx.saved_tensors
+    *inputs, batch_sizes, resets = ctx.saved_tensors
     # such a program was recorded without saving anything: run the loop once more
-    *_, gates, hidden_prev, cell_prev = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True)
+    *_, gates, hidden_prev, cell_prev = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True, resets)
     if inputs[-1] is None:
         d_c_n = cell_prev = None
     config = _Config(backend, cell, reverse, needs=tuple(ctx.needs_input_grad[2:10]))
     gradients = _scan_backward(
-        config, batch_sizes, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, _Inputs(*inputs)
+        config, batch_sizes, resets, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, _Inputs(*inputs)
     )
-    return None, None, *_of_the_only_example(gradients), None, None, None
+    return None, None, *_of_the_only_example(gradients), None, None, None, None
 
 
 torch.library.register_autograd(
@@ -536,6 +562,7 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: list[int],
     checkpoint: int | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -553,29 +580,37 @@ def layer(
         reverse: for every group 1 if it walks back in time, else 0.
         checkpoint: keep the state every so many time steps, and compute again what lies between; None keeps all.
             Where a transform, a tracer or torch.compile looks on, all is kept.
+        resets: (rows, D) bool, for a dense input: whether the state of a group is zero before the step of a row.
 
     Returns:
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
     """
     inputs = _Inputs(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    if checkpoint is not None and checkpoint < 1:
+        raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {checkpoint}")
     transformed = torch._C._are_functorch_transforms_active()
     # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
     if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
-        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse)
+        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets)
         return results if results[2] is not None else results[:2]
     config = _Config(backend, cell, tuple(reverse))
     if transformed:
-        results = ScanTransformed.apply(config, batch_sizes, *_grouped(inputs))
+        results = ScanTransformed.apply(config, batch_sizes, resets, *_grouped(inputs))
     elif (
         torch.is_grad_enabled()
         # a Function cannot be part of a torch.jit.trace, an operator can
         and not torch.jit.is_tracing()
         and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     ):
-        if checkpoint is not None and is_plain(inputs):
-            results = ScanCheckpointed.apply(config, batch_sizes, checkpoint, *inputs)
+        if checkpoint is not None and is_plain(inputs) and x.shape[0]:
+            if x.dtype in (torch.bfloat16, torch.float16):
+                # the state between two pieces would be rounded: a layer keeps it in float32 from step to step
+                wide = [None if tensor is None else tensor.float() for tensor in inputs]
+                results = layer(backend, cell, *wide, batch_sizes, reverse, checkpoint, resets)
+                return tuple(result.to(x.dtype) for result in results)
+            results = ScanCheckpointed.apply(config, batch_sizes, resets, checkpoint, *inputs)
         else:
-            results = Scan.apply(config, batch_sizes, *inputs)
+            results = Scan.apply(config, batch_sizes, resets, *inputs)
     else:
-        results = _scan(config, batch_sizes, _grouped(inputs), save=False)
+        results = _scan(config, batch_sizes, resets, _grouped(inputs), save=False)
     return results[:3] if CELLS[cell].has_cell_state else results[:2]

@@ -78,24 +78,29 @@ def _state(hx: State | None, is_lstm: bool) -> tuple[Tensor, ...] | None:
     return None
 
 
-def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx) -> torch.fx.Proxy:
+def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx, resets=None) -> torch.fx.Proxy:
     """A node for ``torch.fx.symbolic_trace``, which keeps only torch.nn's own modules whole by itself."""
     arguments = (input,) if hx is None else (input, hx)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, {})
+    more = {} if resets is None else {"resets": resets}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, more)
 
 
 class _Layer(nn.RNNBase):
     """What the three layers share; ``_torch`` is the torch.nn class that a subclass stands in for."""
 
     _torch: ClassVar[type[nn.RNNBase]]
-    checkpoint: int | None = None
 
-    def _set_checkpoint(self, checkpoint: int | None) -> None:
-        counts = isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1
-        if checkpoint is not None and not counts:
-            raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {checkpoint!r}")
-        if checkpoint is not None:
-            self.checkpoint = checkpoint
+    @property
+    def checkpoint(self) -> int | None:
+        """After how many time steps training keeps the state; None keeps everything."""
+        return self.__dict__.get("_checkpoint")
+
+    @checkpoint.setter
+    def checkpoint(self, value: int | None) -> None:
+        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is not None and not counts:
+            raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {value!r}")
+        self.__dict__["_checkpoint"] = value
 
     def extra_repr(self) -> str:
         more = "" if self.checkpoint is None else f", checkpoint={self.checkpoint}"
@@ -165,7 +170,7 @@ class _Layer(nn.RNNBase):
             isinstance(weight, Tensor) and _fits(weight, input, autocast) for group in weights for weight in group
         )
 
-    def forward(self, input, hx=None):
+    def forward(self, input, hx=None, *, resets=None):
         """Run the layers over ``input``; arguments, results and errors as in torch.nn.
 
         Args:
@@ -173,21 +178,32 @@ class _Layer(nn.RNNBase):
             hx: initial state, (num_layers * D, B, H') with H' = proj_size or hidden_size and D directions, without
                 the B for a single sequence; for the LSTM a pair of it and the cell state (.., B, hidden_size).
                 Zeros if None.
+            resets: (T, B) bool, laid out as the input: where True, the state of every layer is zero before that step,
+                and no gradient crosses. A new episode begins there: the reverse direction forgets between t and t - 1
+                as well. For tensors, not for a ``PackedSequence``.
+
+        Raises:
+            ValueError, TypeError: resets of a wrong shape, dtype or device, or beside packed input.
 
         Returns:
             output (T, B, D * H') of the last layer, laid out as the input, and the final state, laid out as ``hx``.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _as_call_module(self, input, hx)
-        prepared = self._prepare(input, hx)
+            return _as_call_module(self, input, hx, resets)
+        prepared = self._prepare(input, hx, resets is not None)
         if prepared is None:
-            return self._torch.forward(self, input, hx)
+            result = self._torch.forward(self, input, hx)
+            if resets is not None:
+                raise ValueError("resets need an input of torch.nn's ordinary form, with at least one element")
+            return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
+        if resets is not None:
+            resets = self._resets_of_rows(input, resets)
         packed = isinstance(input, PackedSequence)
         unbatched = not packed and input.dim() == 2
         if packed and state and input.sorted_indices is not None:
             state = tuple(part.index_select(1, input.sorted_indices) for part in state)
-        output, final = self._run(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched)
+        output, final = self._run(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets)
         if packed:
             if input.unsorted_indices is not None:
                 final = tuple(part.index_select(1, input.unsorted_indices) for part in final)
@@ -200,8 +216,31 @@ class _Layer(nn.RNNBase):
             output = output.view(-1, batch, output.shape[-1])
         return output, final if self.mode == "LSTM" else final[0]
 
-    def _prepare(self, input, hx):
-        """Backend, rows (R, I), batch_sizes, batch, state, weights, dtype of a call; None leaves it to torch.nn."""
+    def _resets_of_rows(self, input, resets) -> Tensor:
+        """``resets`` of a call as (rows, D): whether a direction's state is zero before its step of a row."""
+        if isinstance(input, PackedSequence):
+            raise ValueError("resets go with a tensor, got a PackedSequence: pad it, or pack one sequence per episode")
+        if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+            got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+            raise TypeError(f"resets should be a tensor of torch.bool, got {got}: try resets.bool()")
+        if resets.shape != input.shape[:-1]:
+            expected, layout = tuple(input.shape[:-1]), "the input's shape without its features"
+            raise ValueError(f"resets should have the shape {expected}, {layout}, got {tuple(resets.shape)}")
+        if resets.device != input.device:
+            raise ValueError(f"resets should be on the input's device {input.device}, got {resets.device}")
+        if input.dim() == 3 and self.batch_first:
+            resets = resets.transpose(0, 1)
+        forward = resets.reshape(resets.shape[0], -1)
+        if not self.bidirectional:
+            return forward.reshape(-1, 1)
+        backward = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
+        return torch.stack([forward, backward], -1).reshape(-1, 2)
+
+    def _prepare(self, input, hx, beyond_torch=False):
+        """Backend, rows (R, I), batch_sizes, batch, state, weights, dtype of a call; None leaves it to torch.nn.
+
+        ``beyond_torch``: the call has what torch.nn does not know, so that its backend cannot run it.
+        """
         state = _state(hx, self.mode == "LSTM")
         weights = self._weights()
         if state is None:
@@ -225,12 +264,14 @@ class _Layer(nn.RNNBase):
             return None
         backend = _select(self._call(dtype, data.device.type))
         if backend == "torch":
-            return None
+            if not beyond_torch:
+                return None
+            backend = "reference"
         if data.dim() == 3 and self.batch_first:
             data = data.transpose(0, 1)
         return backend, data.reshape(-1, data.shape[-1]), batch_sizes, batch, state, weights, dtype
 
-    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched):
+    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets=None):
         """All layers: rows (R, I) to the last layer's output (R, D*H') and the final state."""
         directions = 2 if self.bidirectional else 1
         reverse = [0, 1][:directions]
@@ -264,7 +305,7 @@ class _Layer(nn.RNNBase):
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
-                *(h0, c0, batch_sizes, reverse, self.checkpoint),
+                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets),
             )
             finals.append(final)
             if self.dropout and self.training and layer < self.num_layers - 1:
@@ -351,7 +392,7 @@ class RNN(_Layer):
             device=device,
             dtype=dtype,
         )
-        self._set_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
 
 
 class GRU(_Layer):
@@ -385,7 +426,7 @@ class GRU(_Layer):
             device=device,
             dtype=dtype,
         )
-        self._set_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
 
 
 class LSTM(_Layer):
@@ -419,7 +460,7 @@ class LSTM(_Layer):
             device=device,
             dtype=dtype,
         )
-        self._set_checkpoint(checkpoint)
+        self.checkpoint = checkpoint
 
     # torch.nn.LSTM.forward, which runs for calls left to torch, needs these three.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

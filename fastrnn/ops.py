@@ -20,12 +20,14 @@ _library = torch.library.Library("fastrnn", "DEF")
 
 # x (rows, S, I), S = D or a divisor of it; weight_ih (D, G*H, I); weight_hh (D, G*H, H') with H' = proj_size or H;
 # bias_ih and bias_hh (D, G*H), both or none; weight_hr (D, H', H); h0 (D, B, H'); c0 (D, B, H); batch_sizes (T,) int64
-# on the CPU, not increasing; reverse[d] is 1 where group d walks back in time. output (rows, D*H'); h_n and c_n like h0
+# on the CPU, not increasing; reverse[d] is 1 where group d walks back in time; resets (rows, D) bool, of a dense input
+# only: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0
 # and c0. With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and
 # W_hn h + b_hn; RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
 _library.define(
     "layer_forward(str backend, str cell, Tensor x, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, "
-    "Tensor? bias_hh, Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save) -> "
+    "Tensor? bias_hh, Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save, "
+    "Tensor? resets=None) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor hidden_prev, Tensor cell_prev)"
 )
 
@@ -35,7 +37,8 @@ _library.define(
 _library.define(
     "layer_backward(str backend, str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor gates, "
     "Tensor hidden_prev, Tensor? cell_prev, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, "
-    "SymInt batch, Tensor? batch_sizes, int[] reverse, SymInt examples, bool[] needs) -> (Tensor dx, "
+    "SymInt batch, Tensor? batch_sizes, int[] reverse, SymInt examples, bool[] needs, "
+    "Tensor? resets=None) -> (Tensor dx, "
     "Tensor d_weight_ih, Tensor d_bias_ih, Tensor d_weight_hh, Tensor d_bias_hh, Tensor d_weight_hr, Tensor dh0, "
     "Tensor dc0)"
 )
@@ -64,8 +67,24 @@ def _expect_packing(batch_sizes: Tensor | None, rows: int, batch: int) -> None:
         raise RuntimeError(f"fastrnn: {expected}")
 
 
+def _expect_resets(resets: Tensor | None, batch_sizes: Tensor | None, rows: int, groups: int) -> None:
+    _expect("resets", resets, rows, groups)
+    if resets is not None and (resets.dtype != torch.bool or batch_sizes is not None):
+        raise RuntimeError(f"fastrnn: resets should be bool and go with a dense input, got {resets.dtype}")
+
+
+def zero_before_first_step(resets: Tensor, reverse, states: tuple[Tensor | None, ...]) -> None:
+    """Set to zero, in place, the rows of states (D, B, .) that are reset before the first step of their direction."""
+    for group, backwards in enumerate(reverse):
+        batch = states[0].shape[1]
+        first = resets[-batch:, group] if backwards else resets[:batch, group]
+        for state in states:
+            if state is not None:
+                state[group].masked_fill_(first[:, None], 0)
+
+
 def layer_forward_on(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
+    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
 ):
     """What ``layer_forward`` does, past torch's dispatcher."""
     rows, sources, input_size = x.shape
@@ -82,8 +101,9 @@ def layer_forward_on(
     _expect("h0", h0, groups, batch, state_size if weight_hr is not None else size)
     _expect("c0", c0, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
+    _expect_resets(resets, batch_sizes, rows, groups)
     results = dispatch.kernels(backend).layer_forward(
-        cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
+        *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets)
     )
     return _fill(results, x)
 
@@ -109,6 +129,7 @@ def layer_backward_on(
     reverse,
     examples,
     needs,
+    resets=None,
     overwrite=False,
 ):
     """What ``layer_backward`` does, past torch's dispatcher; ``overwrite``: ``gates`` may be written to."""
@@ -126,13 +147,14 @@ def layer_backward_on(
     _expect("d_h_n", d_h_n, groups, batch, state_size)
     _expect("d_c_n", d_c_n, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
+    _expect_resets(resets, batch_sizes, rows, groups)
     if examples < 1 or rows % examples or groups % sources:
         raise RuntimeError(f"fastrnn: {rows} rows and {groups} groups do not fit {examples} examples, {sources} inputs")
     return dispatch.kernels(backend).layer_backward(
         cell,
         *(d_output, d_h_n, d_c_n),
         *(gates, hidden_prev, cell_prev),
-        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, overwrite),
+        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, resets, overwrite),
     )
 
 
@@ -143,7 +165,7 @@ def _layer_backward(*arguments):
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=_library)
 def _fake_layer_forward(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save
+    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
 ):
     rows = x.shape[0]
     groups, batch, state_size = h0.shape
@@ -179,6 +201,7 @@ def _fake_layer_backward(
     reverse,
     examples,
     needs,
+    resets=None,
 ):
     groups, gate_size, state_size = weight_hh.shape
     size = state_size if weight_hr is None else weight_hr.shape[2]

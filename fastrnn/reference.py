@@ -56,7 +56,7 @@ CELLS = {
 }
 
 
-def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse):
+def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets):
     """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
     outputs = [None] * len(sizes)
     starts = [0]
@@ -67,6 +67,10 @@ def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidde
         size = sizes[time]
         running = hidden[:size]
         running_cell = None if cell is None else cell[:size]
+        if resets is not None:
+            kept = ~resets[starts[time] : starts[time + 1], None]
+            running = torch.where(kept, running, 0)
+            running_cell = None if cell is None else torch.where(kept, running_cell, 0)
         gates_x = torch.nn.functional.linear(x[starts[time] : starts[time + 1]], weight_ih, bias_ih)
         gates_h = torch.nn.functional.linear(running, weight_hh, bias_hh)
         new, new_cell = step(gates_x, gates_h, running, running_cell)
@@ -91,13 +95,14 @@ def layer(
     c0: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: list[int],
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
     if x.dtype in (torch.bfloat16, torch.float16):
         # as the kernels do: the state is kept in float32 from step to step
         tensors = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
         single = [None if tensor is None else tensor.float() for tensor in tensors]
-        results = layer(cell, *single, batch_sizes, reverse)
+        results = layer(cell, *single, batch_sizes, reverse, resets)
         return tuple(None if result is None else result.to(x.dtype) for result in results)
     groups = len(reverse)
     inputs = x.shape[1]
@@ -116,6 +121,7 @@ def layer(
             None if c0 is None else c0[group],
             sizes,
             reverse[group],
+            None if resets is None else resets[:, group],
         )
         for group in range(groups)
     ]

@@ -13,14 +13,14 @@ from .numba_team import FIRST_FIELD
 )
 
 _next = FIRST_FIELD + 9
-(STEPS, ROWS, BATCH, BATCH_SIZES, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(
-    _next, _next + 10
+(STEPS, ROWS, BATCH, BATCH_SIZES, RESETS, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(
+    _next, _next + 11
 )
 
 # X (R, S, I), WEIGHT_IH (D, G*H, I), WEIGHT_HH (D, G*H, H'), WEIGHT_HR (D, H', H), BIAS_IH and BIAS_HH (D, G*H); the
 # same weights in panels; BIAS (D, G*H) and BIAS_HN (D, H), the sums of biases that the time loop adds. A kernel for
 # bfloat16 takes x and the weights so, and all other arrays in float32.
-_next += 10
+_next += 11
 (X, WEIGHT_IH, WEIGHT_HH, WEIGHT_HR, BIAS_IH, BIAS_HH) = range(_next, _next + 6)
 _next += 6
 (PANELS_IH, PANELS_HH, PANELS_HR, BIAS, BIAS_HN) = range(_next, _next + 5)

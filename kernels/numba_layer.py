@@ -15,6 +15,7 @@ import torch
 from numba import types
 from torch import Tensor
 
+from ..ops import zero_before_first_step
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
@@ -483,6 +484,7 @@ def layer_forward(
     batch_sizes: Tensor | None,
     reverse: list[int],
     save: bool,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
     dtype, rows = x.dtype, x.shape[0]
@@ -503,6 +505,9 @@ def layer_forward(
         hidden_prev = _new(hidden, rows, directions, state_size)
         cell_prev = None if c0 is None else _new(hidden, rows, directions, size)
     if rows:
+        if resets is not None:
+            resets = resets.contiguous()
+            zero_before_first_step(resets, reverse, (hidden, cell_state))
         _, sources, input_size = x.shape
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(
@@ -513,6 +518,7 @@ def layer_forward(
         arrays = {
             **{field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
             **{field.BIAS_IH: bias_ih, field.BIAS_HH: bias_hh, field.BATCH_SIZES: batch_sizes},
+            field.RESETS: resets,
             **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
             field.HIDDEN_2: hidden.clone() if plan.members > 1 else None,
@@ -539,6 +545,7 @@ def layer_backward(
     reverse: list[int],
     examples: int,
     needs: list[bool],
+    resets: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
@@ -591,7 +598,7 @@ def layer_backward(
             **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
             **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
             **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
-            field.BATCH_SIZES: batch_sizes,
+            **{field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()},
         }
         _run(_plan(sizes, batch_sizes), sizes, arrays)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)

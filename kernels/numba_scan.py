@@ -63,6 +63,17 @@ def rows_at(call, step):
 
 
 @jit
+def zero_at_resets(call, entry, rows, pointer, columns, stride):
+    """Set ``columns`` values of those of ``rows`` rows to zero whose state is reset before the step at ``entry``."""
+    resets = as_pointer(call[field.RESETS], types.uint8(0))
+    width, directions = lanes(pointer), call[field.DIRECTIONS]
+    for row in range(rows):
+        if resets[entry + row * directions] != 0:
+            for j in range(0, columns, width):
+                store(pointer, row * stride + j, columns - j, load(pointer, 0, 0))
+
+
+@jit
 def panels_of(columns, width):
     """How many panels of ``width`` columns hold ``columns``."""
     return (columns + width - 1) // width
@@ -334,6 +345,12 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                         *(advance(block_new, first_state), state_size),
                         *(advance(output, entry * state_size + first_state), state_stride, rows, states),
                     )
+                    if call[field.RESETS] != 0 and index + 1 < steps:
+                        following = entry + (-directions if backwards else directions) * batch
+                        zero_at_resets(call, following, rows, advance(block_new, first_state), states, state_size)
+                        if call[field.CELL] != 0:
+                            block_cell = advance(cell, block * size + first_unit)
+                            zero_at_resets(call, following, rows, block_cell, end_unit - first_unit, size)
                 if not backwards:
                     offset += running
                 if members > 1:
@@ -479,6 +496,11 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
                     *(call, pairs, block_dgates, directions * saved_size, rows, panels_hh, weight_hh),
                     *(first_panel, end_panel, block_d_hidden),
                 )
+                if call[field.RESETS] != 0:
+                    zero_at_resets(call, entry, rows, advance(block_d_hidden, first_state), states, state_size)
+                    if call[field.D_CELL] != 0:
+                        block_d_cell = advance(d_cell, block * size + first_unit)
+                        zero_at_resets(call, entry, rows, block_d_cell, end_unit - first_unit, size)
             if not backwards:
                 offset += running
 

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..ops import zero_before_first_step
 from ..reference import CELLS
 from .triton_scan import INTERPRETED, backward_scan, forward_scan
 from .triton_tiles import AMD, HOPPER, WARPS, Limits, choose_tiles
@@ -25,7 +26,9 @@ def _limits(device: torch.device) -> Limits:
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     programs, shared_bytes = properties["multiprocessor_count"], properties["max_shared_mem"]
     if torch.version.hip is not None:
-        return Limits(programs, shared_bytes, bool(properties["cooperativeLaunch"]), AMD.most_alone)
+        # In Triton 3.9 other waves' stores may still be under way when one wave's release counts them as done: nobody
+        # waits inside a launch, each step is one of its own.
+        return Limits(programs, shared_bytes, False, AMD.most_alone)
     return Limits(programs, shared_bytes, True, HOPPER.most_alone)
 
 
@@ -74,6 +77,10 @@ def _offsets(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
     return torch.cat([zero, batch_sizes.cumsum(0)]).to(device, non_blocking=True)
 
 
+# The second dimension of a CUDA grid ends here.
+MOST_PAIRS = 65535
+
+
 class _Scan(NamedTuple):
     """What both directions of a call have in common."""
 
@@ -98,9 +105,12 @@ class _Scan(NamedTuple):
         pairs = self.groups * batch_tiles
         counters = torch.zeros(pairs * 32, dtype=torch.int32, device=self.device)
         together = tiles.alone or blocks == 1 or (limits.cooperative and blocks <= limits.programs)
-        at_once = pairs if tiles.alone or not together else max(1, limits.programs // blocks)
-        if together and not tiles.alone and not INTERPRETED:
+        waiting = together and blocks > 1
+        at_once = min(pairs, max(1, limits.programs // blocks) if waiting else MOST_PAIRS)
+        if waiting:
             options["launch_cooperative_grid"] = True
+            if rounds * blocks >= 1 << 31:
+                raise RuntimeError(f"fastrnn: {rounds} steps are more than the counters of {blocks} programs can count")
         cell, directions = CELLS[self.cell], _direction_bits(self.reverse)
         for first_pair in range(0, pairs, at_once):
             grid = (blocks, min(at_once, pairs - first_pair))
@@ -120,6 +130,15 @@ class _Scan(NamedTuple):
                     num_stages=1,
                     **options,
                 )
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it: by its address alone, row after row."""
+    return None if tensor is None else tensor.contiguous().resolve_neg()
+
+
+def _as_bytes(resets: Tensor | None) -> Tensor | None:
+    return None if resets is None else resets.contiguous().view(torch.uint8)
 
 
 def _on(device: torch.device):
@@ -146,9 +165,24 @@ def _project(cell, x, weight_ih, bias_ih, bias_hh) -> tuple[Tensor, Tensor | Non
         gates_x = linear(x[:, 0], weight[0], None if bias is None else bias.reshape(-1))
         return gates_x.view(rows, groups, gate_size), bias_hn
     gates_x = torch.matmul(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).reshape(rows, groups, gate_size)
-    return (gates_x if bias is None else gates_x + bias), bias_hn
+    return (gates_x if bias is None else gates_x + bias).contiguous(), bias_hn
 
 
+def _without_autocast(function):
+    """The products here are as exact as the tensors: autocast has had its say when the layer was called."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*arguments)
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*arguments)
+
+    return wrapped
+
+
+@_without_autocast
 def layer_forward(
     cell: str,
     x: Tensor,
@@ -162,6 +196,7 @@ def layer_forward(
     batch_sizes: Tensor | None,
     reverse: list[int],
     save: bool,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
     rows, dtype, device = x.shape[0], x.dtype, x.device
@@ -177,17 +212,19 @@ def layer_forward(
         cell_prev = None if c0 is None else x.new_empty(rows, groups, size)
     if rows and size:
         gates_x, bias_hn = _project(cell, x, weight_ih, bias_ih, bias_hh)
+        if resets is not None:
+            zero_before_first_step(resets, reverse, (hidden, cell_state))
         exchange = x.new_empty(2, groups, batch, size)
-        exchange[0] = h0
+        exchange[0] = hidden
         steps = rows // batch if batch_sizes is None else len(batch_sizes)
         offsets = _offsets(batch_sizes, device)
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
-            *(gates_x, weight_hh.contiguous(), bias_hn, offsets, exchange),
+            *(gates_x, _plain(weight_hh), _plain(bias_hn), offsets, _as_bytes(resets), exchange),
             *(hidden, cell_state, output, gates, hidden_prev, cell_prev),
         )
         with _on(device):
-            scan.launch(forward_scan, tensors, steps, SAVE=save)
+            scan.launch(forward_scan, tensors, steps, SAVE=save, WITH_RESETS=resets is not None)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
     return tuple(None if result is None else result.to(dtype) for result in results)
 
@@ -196,7 +233,7 @@ def _weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
     """(examples, D, C, K) from gradients (rows, D, C) and sources (rows, S, K)."""
     rows, groups, columns = d_out.shape
     sources, depth = source.shape[1:]
-    d_out = d_out.reshape(rows // examples, examples * sources, -1)
+    d_out = d_out.reshape(rows // examples, examples * sources, groups // sources * columns)
     source = source.reshape(rows // examples, examples * sources, depth)
     return torch.bmm(d_out.permute(1, 2, 0), source.transpose(0, 1)).view(examples, groups, columns, depth)
 
@@ -206,6 +243,7 @@ def _bias_gradient(d_out: Tensor, examples: int) -> Tensor:
     return d_out.reshape(rows // examples, examples, groups, columns).sum(0)
 
 
+@_without_autocast
 def layer_backward(
     cell: str,
     d_output: Tensor | None,
@@ -223,6 +261,7 @@ def layer_backward(
     reverse: list[int],
     examples: int,
     needs: list[bool],
+    resets: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
@@ -235,6 +274,7 @@ def layer_backward(
             return x.new_zeros(groups, batch, size, dtype=accumulator)
         return tensor.to(accumulator, copy=True, memory_format=torch.contiguous_format)
 
+    gates, hidden_prev, cell_prev = _plain(gates), _plain(hidden_prev), _plain(cell_prev)
     d_hidden = state_gradient(d_h_n)
     d_cell = None if cell_prev is None else state_gradient(d_c_n)
     # every program overwrites only what it has read itself, but others' gradients are read a round later
@@ -244,11 +284,12 @@ def layer_backward(
         offsets = _offsets(batch_sizes, device)
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
-            *(gates, hidden_prev, cell_prev, None if d_output is None else d_output.contiguous()),
-            *(weight_hh.contiguous(), offsets, dgates, d_hidden, d_cell),
+            *(gates, hidden_prev, cell_prev, _plain(d_output)),
+            *(_plain(weight_hh), offsets, _as_bytes(resets), dgates, d_hidden, d_cell),
         )
         with _on(device):
-            scan.launch(backward_scan, tensors, steps, WITH_D_OUTPUT=d_output is not None)
+            options = {"WITH_D_OUTPUT": d_output is not None, "WITH_RESETS": resets is not None}
+            scan.launch(backward_scan, tensors, steps, **options)
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, _ = needs
     dgates_x, dgates_h = dgates[:, :, :gate_size], dgates[:, :, -gate_size:]
@@ -257,7 +298,7 @@ def layer_backward(
     dx = d_weight_ih = d_bias_ih = d_weight_hh = d_bias_hh = None
     if needs_x:
         weight = weight_ih.roll(turn, 1) if turn else weight_ih
-        by_source = dgates_x.reshape(rows, sources, -1).transpose(0, 1)
+        by_source = dgates_x.reshape(rows, sources, groups // sources * gate_size).transpose(0, 1)
         dx = torch.bmm(by_source, weight.reshape(sources, -1, input_size)).transpose(0, 1).contiguous()
     if needs_weight_ih:
         d_weight_ih = _weight_gradient(dgates_x, x, examples)

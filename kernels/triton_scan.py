@@ -124,6 +124,13 @@ def _split_over_depth(tile, ROWS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.
     return tl.permute(tl.reshape(tile, [ROWS, SPLITS, DEPTH // SPLITS]), [1, 0, 2])
 
 
+@triton.jit
+def _zero_at_resets(tile, resets, there):
+    """The tile with zeros in the rows whose state is reset."""
+    reset = tl.load(resets, mask=there, other=0) != 0
+    return tl.where(reset[:, None], tl.zeros_like(tile), tile)
+
+
 # Columns of a forward product: four of every unit, its gates, so that they meet in one thread; the GRU's fourth is
 # empty. The RNN has one.
 
@@ -226,13 +233,13 @@ def _load_operand(source, there, chunk, DEPTH: tl.constexpr, WHOLE: tl.constexpr
 
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def forward_scan(
-    gates_x, weight_hh, bias_hn, offsets,
+    gates_x, weight_hh, bias_hn, offsets, resets,
     exchange, hidden, cell, output, gates, hidden_prev, cell_prev, counters,
     groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WITH_RESETS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` in the order of the recurrence.
 
@@ -288,15 +295,20 @@ def forward_scan(
 
         # the state of a sequence that does not run stays as it is
         old_h, old_c = h, c
-        h = tl.where(mask, new_h, h)
-        c = tl.where(mask, new_c, c)
+        out = tl.where(mask, new_h, h)
+        h, c = out, tl.where(mask, new_c, c)
+        if WITH_RESETS:
+            following = resets + entries + tl.where(backwards, -batch, batch).to(tl.int64) * groups
+            running = tl.where(index + 1 < steps, batch, 0)
+            h = _zero_at_resets(h, following, rows < running)
+            c = _zero_at_resets(c, following, rows < running)
         if not ALONE:
             # before all other stores, which an arrival would wait for
             target = exchange + (index + 1) % 2 * slot_size + state
             tl.store(target, _narrow(h, exchange.dtype.element_ty), mask=there)
             if index + 1 < end:
                 _arrive(counter)
-        _store_tiles(output, (h,), entries, units, mask, H, 1)
+        _store_tiles(output, (out,), entries, units, mask, H, 1)
         if SAVE:
             _store_tiles(gates, saved, entries, units, mask, H, SAVED)
             _store_tiles(hidden_prev, (old_h,), entries, units, mask, H, 1)
@@ -310,13 +322,13 @@ def forward_scan(
 
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def backward_scan(
-    gates, hidden_prev, cell_prev, d_output, weight_hh, offsets,
+    gates, hidden_prev, cell_prev, d_output, weight_hh, offsets, resets,
     dgates, d_hidden, d_cell, counters,
     groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr,
-    WITH_D_OUTPUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WITH_D_OUTPUT: tl.constexpr, WITH_RESETS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rounds ``begin`` to ``end``, one for each step from the last to the first.
 
@@ -368,23 +380,30 @@ def backward_scan(
                     _wait(counter, (index - begin) * tl.num_programs(0))
                 before = tl.where(backwards, index - 1, steps - index)
                 start, running = _rows_at(offsets, before, batch, PACKED)
-                source_rows = ((start + rows) * groups + group) * (SAVED * H) + FIRST
+                source_entries = (start + rows) * groups + group
+                source_rows = source_entries * (SAVED * H) + FIRST
                 sums = _multiply_chunks(
                     dgates + source_rows[None, :, None], (rows < batch) & (rows < running), resident, weight, block,
                     tl.zeros([SPLITS, ROWS, UNITS], ACC),
                     True, H, GATES, UNITS, CHUNK, CHUNKS, SPLITS, IN_FLIGHT, PRECISION,
                 )  # fmt: skip
                 dh += _add_up(sums, SPLITS, ROWS, UNITS)
+                if WITH_RESETS:
+                    dh = _zero_at_resets(dh, resets + source_entries, rows < batch)
 
         d_gates, past_weights, new_dc = backward_step(CELL, saved, h_prev, c_prev, dh + d_out, dc, EXACT)
         _store_tiles(dgates, d_gates, entries, units, mask, H, SAVED)
         dh = tl.where(mask, past_weights, dh)
         dc = tl.where(mask, new_dc, dc)
+        if WITH_RESETS:
+            dc = _zero_at_resets(dc, resets + entries, rows < running)
         if ALONE:
             operand = _side_by_side(_on_the_hidden_side(d_gates, mask, GATES, SAVED), ROWS, UNITS, GATES)
             operand = _split_over_depth(_narrow(operand, weight_hh.dtype.element_ty), ROWS, CHUNK, SPLITS)
             sums = tl.zeros([SPLITS, ROWS, UNITS], ACC)
             dh += _add_up(_multiply(operand, resident[0], sums, PRECISION), SPLITS, ROWS, UNITS)
+            if WITH_RESETS:
+                dh = _zero_at_resets(dh, resets + entries, rows < batch)
         elif index + 1 < end:
             _arrive(counter)
 

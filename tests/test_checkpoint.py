@@ -22,7 +22,7 @@ def draw(name, every, packed=False, dtype=torch.float64, **options):
 
     def make(seed):
         ours, theirs = make_pair(class_name, FEATURES, HIDDEN, seed=seed, dtype=dtype, **variant, **options)
-        ours._set_checkpoint(every)
+        ours.checkpoint = every
         if packed:
             input = random_packed(BATCH, STEPS, FEATURES, dtype, seed)
         else:
@@ -115,6 +115,33 @@ def test_copies_keep_it_and_repr_shows_it():
 def test_bad_values(value):
     with pytest.raises(ValueError, match="checkpoint should be None or a number of time steps"):
         fastrnn.LSTM(3, 4, checkpoint=value)
+    layer = fastrnn.convert(torch.nn.LSTM(3, 4))
+    with pytest.raises(ValueError, match="checkpoint should be None or a number of time steps"):
+        layer.checkpoint = value
+
+
+@pytest.mark.parametrize("every", [None, 2])
+@layers
+def test_batched_gradients(name, every):
+    ours, theirs, input, _ = draw(name, every)(0)
+    several = torch.randn(3, STEPS, BATCH, ours.proj_size or HIDDEN, dtype=torch.float64)
+    results = []
+    for module in (ours, theirs):
+        x = input.clone().requires_grad_()
+        results.append(torch.autograd.grad(module(x)[0], x, several, is_grads_batched=True)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=FLOAT64_AGREEMENT)
+
+
+@pytest.mark.parametrize("every", [None, 1, 8])
+def test_a_slow_state_of_half_precision_is_not_rounded_between_pieces(every):
+    layer = fastrnn.LSTM(4, 8, checkpoint=every)
+    with torch.no_grad():
+        layer.bias_ih_l0[8:16], layer.bias_ih_l0[:8], layer.bias_ih_l0[16:24] = 9.0, -4.0, 1.0
+    layer = layer.bfloat16()
+    x = torch.randn(1500, 3, 4).bfloat16()
+    exact = copy.deepcopy(layer).double()(x.double())[1][1]
+    cell = layer(x)[1][1]
+    assert (cell.double() - exact).norm() < torch.finfo(torch.bfloat16).eps * exact.norm()
 
 
 LONG = """

@@ -60,7 +60,7 @@ def test_registers_do_not_spill(compiled):
 
 
 def test_sizes_of_the_call_are_no_part_of_a_kernel():
-    """A kernel is compiled anew for its constants only: not one of them depends on the batch or the time steps."""
+    """A kernel is compiled anew for its constants only, and those depend on the batch by the choice of tiles alone."""
     from fastrnn.kernels.triton_scan import OF_THE_CALL
 
     script = (
