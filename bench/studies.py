@@ -1,8 +1,9 @@
-"""Questions that the workloads do not answer: `python -m bench.studies length`, `memory` or `parts`.
+"""Questions that the workloads do not answer: `python -m bench.studies` and one of these.
 
 length: the time of a step and row for short and long sequences, and for packed ones. memory: the peak of a training
 step, fastrnn's and torch.nn's, each in a process of its own (Linux). parts: the forward pass, the backward time loop
-and the products after it, one by one.
+and the products after it, one by one. resets: training with 1% of the steps reset, beside the same without, torch's
+layer without, and a loop over torch's LSTMCell. checkpoint: training that keeps the state every so many steps.
 """
 
 import argparse
@@ -24,6 +25,8 @@ LENGTH_SIZES = tuple((cell, *sizes) for cell in ("LSTM", "GRU") for sizes in ((8
 MEMORY_SIZES = (("LSTM", 128, 256, 100), ("GRU", 128, 256, 100), ("RNN", 128, 256, 100), ("LSTM", 8, 1024, 64))
 PARTS_SIZES = (("LSTM", 128, 32), ("LSTM", 32, 64), ("LSTM", 32, 128), ("LSTM", 32, 256), ("GRU", 128, 128))
 PARTS_STEPS = 64
+RESETS_SIZES = ((256, 128, 64), (8, 256, 128), (32, 64, 128))
+CHECKPOINT_SIZES = ((32, 128, 1000), (1, 64, 20_000), (16, 512, 200))
 
 MEMORY_SCRIPT = """
 import torch, fastrnn
@@ -126,8 +129,73 @@ def parts() -> None:
         print(f"{cell} B {batch} H {hidden}: " + ", ".join(f"{part} {1e3 * t:.2f}" for part, t in times.items()))
 
 
+def alternating(calls: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+    """Seconds of each call: medians of turns, after two that warm up."""
+    durations = {name: [] for name in calls}
+    for index in range(repeats + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if index >= 2:
+                durations[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def cell_loop(layer: torch.nn.LSTM, input: torch.Tensor, resets: torch.Tensor) -> Callable[[], object]:
+    """What people write today: LSTMCell in a Python loop, the state multiplied by 1 - done."""
+    cell = torch.nn.LSTMCell(layer.input_size, layer.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
+    keep = (~resets).float()[:, :, None]
+    gradient = torch.ones(*input.shape[:2], layer.hidden_size)
+
+    def call():
+        h = c = input.new_zeros(input.shape[1], layer.hidden_size)
+        outputs = []
+        for x, kept in zip(input, keep, strict=True):
+            h, c = cell(x, (h * kept, c * kept))
+            outputs.append(h)
+        return torch.autograd.grad(torch.stack(outputs), list(cell.parameters()), gradient)
+
+    return call
+
+
+def resets() -> None:
+    print(f"milliseconds of a training step, LSTM, resets at 1% of the steps, {torch.get_num_threads()} threads")
+    for batch, hidden, steps in RESETS_SIZES:
+        ours, theirs = fastrnn.LSTM(hidden, hidden), torch.nn.LSTM(hidden, hidden)
+        input, mask = torch.randn(steps, batch, hidden), torch.rand(steps, batch) < 0.01
+        gradient = torch.ones(steps, batch, hidden)
+
+        def with_resets():
+            output = ours(input, resets=mask)[0]  # noqa: B023
+            return torch.autograd.grad(output, list(ours.parameters()), gradient)  # noqa: B023
+
+        times = alternating(
+            {
+                "fastrnn, resets": with_resets,
+                "fastrnn": training_call(ours, input),
+                "torch.nn.LSTM without resets": training_call(theirs, input),
+                "loop over torch.nn.LSTMCell": cell_loop(theirs, input, mask),
+            }
+        )
+        print(f"B {batch} H {hidden} T {steps}: " + ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items()))
+
+
+def checkpoint() -> None:
+    print(f"milliseconds of a training step, LSTM, {torch.get_num_threads()} threads, by steps between kept states")
+    for batch, hidden, steps in CHECKPOINT_SIZES:
+        module, input = fastrnn.LSTM(hidden, hidden), torch.randn(steps, batch, hidden)
+
+        def call(every):
+            module.checkpoint = every  # noqa: B023
+            return training_call(module, input)()  # noqa: B023
+
+        times = alternating({str(every): lambda every=every: call(every) for every in (None, 10, 50, 200)}, 7)
+        print(f"B {batch} H {hidden} T {steps}: " + ", ".join(f"{name} {1e3 * t:.1f}" for name, t in times.items()))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    studies = {"length": length, "memory": memory, "parts": parts}
+    studies = {"length": length, "memory": memory, "parts": parts, "resets": resets, "checkpoint": checkpoint}
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=studies)
     studies[parser.parse_args(arguments).study]()
