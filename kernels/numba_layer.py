@@ -166,6 +166,11 @@ def _make_backward_packing(layout, operands, jit):
     return packing
 
 
+@jit
+def _no_products(call, thread, team, zero):
+    pass
+
+
 def _build(name: str, cell: str, backward: bool, dtype: torch.dtype, projected: bool):
     """The function to compile for one cell, pass and dtype: what every thread of a team runs.
 
@@ -180,40 +185,29 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype, projected: 
     else:
         packing = _make_forward_packing(layout, operands, jit)
         run_part = make_forward_part(layout, FORWARD[cell], projected, operands, jit)
+        products = _no_products
 
-    @jit
-    def parts(call, thread, team):
+    # One function, for every one that calls another optimises all of its code again.
+    def whole_layer(call):
+        thread, team = take(call, TICKET), team_size(call)
+        packing(call, zero)
+        if team > 1:
+            wait_for(call, BARRIER, team)
         count, members = call[field.PARTS], call[field.MEMBERS]
-        if members > 1 and count * members <= team:
-            if thread < count * members:
-                run_part(call, thread // members, thread % members, members, zero)
-            return
-        while True:
-            part = take(call, PARTS_TAKEN)
-            if part >= count:
+        shared = members > 1 and count * members <= team
+        part = thread // members if shared else take(call, PARTS_TAKEN)
+        while part < count:
+            if shared:
+                run_part(call, part, thread % members, members, zero)
                 break
             run_part(call, part, types.int64(0), types.int64(1), zero)
-
-    def forward_kernel(call):
-        thread, team = take(call, TICKET), team_size(call)
-        packing(call, zero)
-        if team > 1:
-            wait_for(call, BARRIER, team)
-        parts(call, thread, team)
-        leave(call, team)
-
-    def backward_kernel(call):
-        thread, team = take(call, TICKET), team_size(call)
-        packing(call, zero)
-        if team > 1:
-            wait_for(call, BARRIER, team)
-        parts(call, thread, team)
-        if team > 1:
+            part = take(call, PARTS_TAKEN)
+        if backward and team > 1:
             wait_for(call, BARRIER, 2 * team)
         products(call, thread, team, zero)
         leave(call, team)
 
-    return backward_kernel if backward else forward_kernel
+    return whole_layer
 
 
 @functools.cache

@@ -114,24 +114,6 @@ LAYOUTS = {
 }
 
 
-def _make_panel_product(layout: Layout, jit):
-    """Products of rows with one panel of the gates' weights: only what this cell needs is compiled."""
-    if layout.gates == 1:
-
-        @jit
-        def panel_product(rows, stride, count, panel, depth, out, out_stride, size, left, addend, add):
-            multiply_neighbours(rows, stride, 1, count, panel, depth, out, out_stride, left, addend, 0, add)
-
-    else:
-        multiply_gates = multiply_panel[layout.vectors]
-
-        @jit
-        def panel_product(rows, stride, count, panel, depth, out, out_stride, size, left, addend, add):
-            multiply_gates(rows, stride, 1, count, panel, depth, out, out_stride, size, left, 0, addend, 0, add)
-
-    return panel_product
-
-
 def _make_projection(projected: bool, operands: Operands, jit):
     """The LSTM's projection of some rows of hidden states, W_hr h; nothing in kernels of layers without one."""
     if not projected:
@@ -165,7 +147,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
     vectors, panel_vectors = layout.vectors, layout.panel_vectors
     paired, stored, packed = operands.paired, operands.stored, operands.packed
     operand, depth_of = operands.rows, operands.depth
-    panel_product, project = _make_panel_product(layout, jit), _make_projection(projected, operands, jit)
+    multiply_gates, project = multiply_panel[vectors], _make_projection(projected, operands, jit)
 
     @jit
     def gate_product(
@@ -183,10 +165,16 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     unit = panel * units
                     lines = advance(panels, panel * deep * vectors * vector)
                     target = advance(out, begin * out_stride + unit)
-                    panel_product(
-                        *(block, stride, count, lines, deep, target, out_stride, size, size - unit),
-                        *(advance(addend, unit), add),
-                    )
+                    if gate_count > 1:
+                        multiply_gates(
+                            *(block, stride, 1, count, lines, deep, target, out_stride, size, size - unit, 0),
+                            *(advance(addend, unit), 0, add),
+                        )
+                    else:
+                        multiply_neighbours(
+                            *(block, stride, 1, count, lines, deep, target, out_stride, size - unit),
+                            *(advance(addend, unit), 0, add),
+                        )
         else:
             unit = first_panel * units
             count = min(size, end_panel * units) - unit
