@@ -55,7 +55,9 @@ class _Backend(NamedTuple):
 
 _TABLE = {
     "numba": _Backend("fastrnn.kernels.numba_layer", "numba", "fused kernels for CPUs, compiled by Numba"),
-    "triton": _Backend("fastrnn.kernels.triton_layer", "triton", "fused kernels for GPUs, compiled by Triton", True),
+    "triton": _Backend(
+        "fastrnn.kernels.triton_layer", "triton", "fused kernels for GPUs; only when named, no GPU ran them", True
+    ),
     "torch": _Backend(None, None, "torch.nn's own kernels; takes whatever torch.nn takes"),
     "reference": _Backend(None, None, "plain torch operations, the specification; runs only when named", True),
 }

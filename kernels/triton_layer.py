@@ -277,7 +277,7 @@ def layer_backward(
     gates, hidden_prev, cell_prev = _plain(gates), _plain(hidden_prev), _plain(cell_prev)
     d_hidden = state_gradient(d_h_n)
     d_cell = None if cell_prev is None else state_gradient(d_c_n)
-    # every program overwrites only what it has read itself, but others' gradients are read a round later
+    # not in place of the gates: threads of a program may read a value again that another has replaced by then
     dgates = torch.empty_like(gates)
     if rows and size:
         steps = rows // batch if batch_sizes is None else len(batch_sizes)

@@ -6,6 +6,7 @@ from cases import LAYERS, layers
 from helpers import (
     CPU_BACKENDS,
     FLOAT64_AGREEMENT,
+    assert_within_rule,
     errors_against_float64,
     in_float64,
     make_pair,
@@ -100,7 +101,7 @@ def test_is_the_plain_loop(name, bidirectional, backend):
     with fastrnn.use_backend(backend):
         got = results_of(lambda: ours(input, hx, resets=resets), ours, input, hx)
     for mine, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+        assert_within_rule(mine, other, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +145,7 @@ def test_sizes_that_threads_share(name, batch, threads):
     finally:
         torch.set_num_threads(before)
     for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-9 * max(1, other.abs().max().item()))
+        assert_within_rule(mine, other, other)
 
 
 @layers
@@ -158,7 +159,9 @@ def test_layers_layouts_and_checkpoints(name):
         layer.batch_first = True
         assert torch.equal(layer(input.transpose(0, 1), resets=first.T)[0].transpose(0, 1), expected)
         layer.batch_first = False
-        torch.testing.assert_close(layer(input[:, 2], resets=first[:, 2])[0], expected[:, 2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            layer(input[:, 2], resets=first[:, 2])[0], expected[:, 2], rtol=0, atol=FLOAT64_AGREEMENT
+        )
         torch.testing.assert_close(layer(input, resets=second)[0], layer(input)[0], rtol=0, atol=FLOAT64_AGREEMENT)
     gradients = []
     for layer.checkpoint in (None, 2, 4):
@@ -166,7 +169,7 @@ def test_layers_layouts_and_checkpoints(name):
         gradients.append(torch.autograd.grad(output.sin().sum(), list(layer.parameters())))
     for other in gradients[1:]:
         for mine, expected in zip(other, gradients[0], strict=True):
-            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-11)
+            torch.testing.assert_close(mine, expected, rtol=0, atol=FLOAT64_AGREEMENT)
 
 
 @layers
@@ -198,7 +201,7 @@ def test_derivatives_and_transforms(name):
     for number in range(2):
         alone = torch.func.grad(loss)(parameters, small[:, number], resets[:, number])
         for key, gradient in alone.items():
-            torch.testing.assert_close(together[key][number], gradient, rtol=0, atol=1e-11)
+            torch.testing.assert_close(together[key][number], gradient, rtol=0, atol=FLOAT64_AGREEMENT)
     tangent = torch.ones_like(small)
     _, forward = torch.func.jvp(lambda x: ours(x, resets=resets)[0], (small,), (tangent,))
     torch.testing.assert_close(forward.sum(), torch.func.grad(lambda x: ours(x, resets=resets)[0].sum())(small).sum())
@@ -212,7 +215,7 @@ def test_compile_export_and_symbolic_trace():
     torch.testing.assert_close(compiled(input, resets=resets)[0], expected, rtol=0, atol=FLOAT64_AGREEMENT)
     (gradient,) = torch.autograd.grad(compiled(input, resets=resets)[0].sum(), [ours.weight_hh_l0])
     (eager,) = torch.autograd.grad(ours(input, resets=resets)[0].sum(), [ours.weight_hh_l0])
-    torch.testing.assert_close(gradient, eager, rtol=0, atol=1e-11)
+    torch.testing.assert_close(gradient, eager, rtol=0, atol=FLOAT64_AGREEMENT)
 
     class Model(nn.Module):
         def __init__(self):

@@ -1,10 +1,11 @@
 """The Triton backend in Triton's interpreter: every kernel and every way to cut it up keeps the tolerance rule."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_as_torch, make_pair, random_packed, random_state, run
+from helpers import DTYPES, FLOAT64_AGREEMENT, assert_same_as_torch, make_pair, random_packed, random_state, run
 
 import fastrnn
 from fastrnn.kernels import triton_layer
@@ -115,7 +116,7 @@ def test_every_way_gives_the_numbers_of_the_tiles_that_are_chosen(cell, monkeypa
         for way in WAYS:
             monkeypatch.setattr(triton_layer, "choose_tiles", tiles_for(way))
             for name, result in run(case[0], *case[2:]).items():
-                torch.testing.assert_close(result, chosen[name], rtol=0, atol=1e-12)
+                torch.testing.assert_close(result, chosen[name], rtol=0, atol=FLOAT64_AGREEMENT)
 
 
 @cells
@@ -137,7 +138,7 @@ def test_a_gradient_of_the_gradient_and_per_sample_gradients():
         with fastrnn.use_backend(backend), torch.backends.mkldnn.flags(enabled=False):
             first = torch.autograd.grad(module(x)[0].sin().sum(), x, create_graph=True)[0]
             results.append(torch.autograd.grad(first.square().sum(), x)[0])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*results, rtol=0, atol=FLOAT64_AGREEMENT)
 
     def loss(parameters, x):
         return torch.func.functional_call(ours, parameters, (x,))[0].sum()
@@ -148,7 +149,7 @@ def test_a_gradient_of_the_gradient_and_per_sample_gradients():
         for number in range(3):
             alone = torch.func.grad(loss)(parameters, input[:, number, None])
             for name, gradient in alone.items():
-                torch.testing.assert_close(together[name][number], gradient, rtol=0, atol=1e-12)
+                torch.testing.assert_close(together[name][number], gradient, rtol=0, atol=FLOAT64_AGREEMENT)
 
 
 def test_tensors_that_do_not_lie_row_after_row():
@@ -167,17 +168,18 @@ def test_tensors_that_do_not_lie_row_after_row():
         jacobian = torch.func.jacrev(lambda x: one(x)[0])(x[:1, :1])
         leaf = x.clone().requires_grad_()
         (negated,) = torch.autograd.grad(one(leaf)[0], leaf, torch._neg_view(torch.ones(4, 2, 6, dtype=torch.float64)))
-        leaf = leaf.float().detach().requires_grad_()
-        single = one.float()(leaf)[0].sum()
+        single, narrow = copy.deepcopy(one).float(), x.float().requires_grad_()
+        (outside,) = torch.autograd.grad(single(narrow)[0].sum(), narrow)
+        loss = single(narrow)[0].sum()
         with torch.autocast("cpu", torch.bfloat16):
-            (exact,) = torch.autograd.grad(single, leaf)
-    one.double()
-    torch.testing.assert_close(ensemble, torch.stack([m(x)[0] for m in several]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda x: one(x)[0])(x[:1, :1]), rtol=0, atol=1e-6)
+            (inside,) = torch.autograd.grad(loss, narrow)
+    assert torch.equal(inside, outside)
+    exactly = {"rtol": 0, "atol": FLOAT64_AGREEMENT}
+    torch.testing.assert_close(ensemble, torch.stack([m(x)[0] for m in several]), **exactly)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda x: one(x)[0])(x[:1, :1]), **exactly)
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(-one(leaf)[0].sum(), leaf)
-    torch.testing.assert_close(negated, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(exact.double(), -expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(negated, expected, **exactly)
 
 
 def test_what_it_cannot_run():
