@@ -3,10 +3,13 @@
 length: the time of a step and row for short and long sequences, and for packed ones. memory: the peak of a training
 step, fastrnn's and torch.nn's, each in a process of its own (Linux). parts: the forward pass, the backward time loop
 and the products after it, one by one. resets: training with 1% of the steps reset, beside the same without, torch's
-layer without, and a loop over torch's LSTMCell. checkpoint: training that keeps the state every so many steps.
+layer without, and a loop over torch's LSTMCell. checkpoint: training that keeps the state every so many steps. packing:
+what a call costs beside its time steps, mostly the packing of weights. reading: batch 1, the rate at which the weights
+of the recurrence are read.
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -20,6 +23,8 @@ import fastrnn
 from fastrnn import ops
 from fastrnn.reference import CELLS
 
+from .machine import read_rate
+
 LENGTHS = (500, 10_000)
 LENGTH_SIZES = tuple((cell, *sizes) for cell in ("LSTM", "GRU") for sizes in ((8, 128), (32, 64), (32, 256)))
 MEMORY_SIZES = (("LSTM", 128, 256, 100), ("GRU", 128, 256, 100), ("RNN", 128, 256, 100), ("LSTM", 8, 1024, 64))
@@ -27,6 +32,8 @@ PARTS_SIZES = (("LSTM", 128, 32), ("LSTM", 32, 64), ("LSTM", 32, 128), ("LSTM", 
 PARTS_STEPS = 64
 RESETS_SIZES = ((256, 128, 64), (8, 256, 128), (32, 64, 128))
 CHECKPOINT_SIZES = ((32, 128, 1000), (1, 64, 20_000), (16, 512, 200))
+PACKING_SIZES = (("LSTM", 32, 128), ("LSTM", 256, 128), ("LSTM", 32, 512), ("GRU", 32, 512), ("LSTM", 32, 1024))
+READING_SIZES = (("LSTM", 512), ("GRU", 1024), ("LSTM", 1024))
 
 MEMORY_SCRIPT = """
 import torch, fastrnn
@@ -194,8 +201,31 @@ def checkpoint() -> None:
         print(f"B {batch} H {hidden} T {steps}: " + ", ".join(f"{name} {1e3 * t:.1f}" for name, t in times.items()))
 
 
+def packing() -> None:
+    print(f"inference, {torch.get_num_threads()} threads: milliseconds of a step, and of the rest of a call")
+    for cell, batch, hidden in PACKING_SIZES:
+        module = getattr(fastrnn, cell)(hidden, hidden)
+        inputs = {steps: torch.randn(steps, batch, hidden) for steps in (8, 40)}
+        calls = {steps: without_grad(functools.partial(module, x)) for steps, x in inputs.items()}
+        times = alternating(calls, 21)
+        step = (times[40] - times[8]) / 32
+        rest = times[8] - 8 * step
+        print(f"{cell} B {batch} H {hidden}: step {1e3 * step:.3f}, rest {1e3 * rest:.3f}, {rest / step:.1f} steps")
+
+
+def reading() -> None:
+    threads = torch.get_num_threads()
+    print(f"batch 1, input size 1, {threads} threads: recurrent weights read, GB/s, and the machine's rate for so many")
+    for cell, hidden in READING_SIZES:
+        module, input = getattr(fastrnn, cell)(1, hidden), torch.randn(200, 1, 1)
+        size = module.weight_hh_l0.numel() * 4
+        rate = size * 200 / median(without_grad(functools.partial(module, input)), 25)
+        machine = read_rate(size, threads)
+        print(f"{cell} H {hidden}: {rate / 1e9:.1f} of {machine / 1e9:.1f}, {100 * rate / machine:.0f}%")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    studies = {"length": length, "memory": memory, "parts": parts, "resets": resets, "checkpoint": checkpoint}
+    studies = {study.__name__: study for study in (length, memory, parts, resets, checkpoint, packing, reading)}
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=studies)
     studies[parser.parse_args(arguments).study]()
