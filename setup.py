@@ -1,5 +1,99 @@
-"""Lists the compiled extensions of csrc/ (none yet); pyproject.toml holds everything else."""
+"""Builds the CUDA kernels of csrc/ into fastrnn/_cuda, with nvcc, pybind11 and ninja; pyproject.toml holds the rest.
 
-from setuptools import setup
+Torch takes no part, so that one build serves every release of it, and needs no GPU. The environment chooses:
 
-setup(ext_modules=[])
+FASTRNN_BUILD_CUDA  1 builds or fails, 0 does not build, auto (if unset) builds where it can and says what it chose.
+CUDA_HOME           where CUDA is; else the nvcc on the path is taken.
+FASTRNN_CUDA_ARCHS  the GPUs to build for, "80 90 100" if unset; PTX for newer ones comes from 90, or the first.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+SOURCES = ("lstm.cu", "gru.cu", "rnn.cu", "error.cu", "bindings.cpp")
+
+NINJA = """
+rule compile
+  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {nvcc} -shared --cudart static $in -o $out
+"""
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        return nvcc if nvcc.is_file() else None
+    found = shutil.which("nvcc")
+    return None if found is None else Path(found)
+
+
+def why_not_to_build() -> str | None:
+    """Why the kernels are not built, or None if they are."""
+    asked = os.environ.get("FASTRNN_BUILD_CUDA", "auto")
+    if asked not in ("0", "1", "auto"):
+        sys.exit(f"FASTRNN_BUILD_CUDA should be 0, 1 or auto, got {asked!r}")
+    if asked == "0":
+        return "FASTRNN_BUILD_CUDA is 0"
+    missing = []
+    if find_nvcc() is None:
+        missing.append("nvcc: set CUDA_HOME to where CUDA is, or put nvcc on the path")
+    for module in ("pybind11", "ninja"):
+        try:
+            __import__(module)
+        except ImportError:
+            missing.append(f"the Python package {module}")
+    if missing and asked == "1":
+        sys.exit(f"FASTRNN_BUILD_CUDA is 1, and these are missing: {'; '.join(missing)}")
+    return f"missing: {'; '.join(missing)}" if missing else None
+
+
+class Build(build_ext):
+    """Compiles the sources in parallel and links them, by a file for ninja."""
+
+    def build_extension(self, ext):
+        import ninja
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        archs = os.environ.get("FASTRNN_CUDA_ARCHS", "80 90 100").replace(",", " ").split()
+        ptx = "90" if "90" in archs else archs[0]
+        flags = [
+            *("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-DFASTRNN_MODULE=_cuda"),
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+            f"-gencode=arch=compute_{ptx},code=compute_{ptx}",
+            *(f'-I"{path}"' for path in [pybind11.get_include(), *self.include_dirs]),
+        ]
+        text = NINJA.format(nvcc=f'"{find_nvcc()}"', flags=" ".join(flags))
+
+        def escaped(path):
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        objects = []
+        for source in SOURCES:
+            objects.append(escaped(folder / f"{source}.o"))
+            text += f"build {objects[-1]}: compile {escaped(CSRC / source)}\n"
+        text += f"build {escaped(target)}: link {' '.join(objects)}\n"
+        (folder / "build.ninja").write_text(text)
+        print(f"fastrnn: building the CUDA kernels for {', '.join(archs)} into {target}", flush=True)
+        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], check=True)
+
+
+reason = why_not_to_build()
+if "build_ext" in sys.argv or "bdist_wheel" in sys.argv or "editable_wheel" in sys.argv:
+    print("fastrnn: the CUDA kernels are " + (f"not built ({reason})" if reason else "built"), flush=True)
+sources = [f"csrc/{name}" for name in SOURCES]
+setup(ext_modules=[] if reason else [Extension("fastrnn._cuda", sources)], cmdclass={"build_ext": Build})

@@ -55,6 +55,12 @@ class _Backend(NamedTuple):
 
 _TABLE = {
     "numba": _Backend("fastrnn.kernels.numba_layer", "numba", "fused kernels for CPUs, compiled by Numba"),
+    "cuda": _Backend(
+        "fastrnn.kernels.cuda_scan",
+        None,
+        "fused C++/CUDA kernels for NVIDIA GPUs; only when named, no GPU ran them",
+        True,
+    ),
     "triton": _Backend(
         "fastrnn.kernels.triton_layer", "triton", "fused kernels for GPUs; only when named, no GPU ran them", True
     ),
@@ -77,7 +83,7 @@ def _unavailable(name: str) -> str | None:
     package = _TABLE[name].requires
     if package is not None and importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed"
-    return None
+    return kernels(name).unavailable() if name == "cuda" else None
 
 
 @functools.cache

@@ -1,0 +1,226 @@
+"""The time loops of csrc/: which kernel a layer takes, what it is given, and what its errors mean.
+
+Regime S: one block has all hidden units of some sequences, with their weights in registers. Regime L: the units are
+spread over many blocks that wait for each other, so that all must be resident: ``can_run`` asks what the device has.
+"""
+
+import contextlib
+import functools
+import importlib
+import threading
+
+import torch
+from torch import Tensor
+
+from . import gpu_layer
+from .gpu_layer import Backward, Forward, Scan, direction_bits
+
+# Sequences of a tile of the batch; hidden units of a block of regime L.
+COLUMNS, UNITS = 8, 16
+# What csrc/ calls the dtypes, and elements of sixteen bytes of each. float32 multiplies in TF32, or as 3.
+TYPES = {torch.bfloat16: (0, 8), torch.float16: (1, 8), torch.float32: (2, 4)}
+EXACT_FLOAT32 = 3
+
+
+@functools.cache
+def _library():
+    """The compiled module; a test may put the one that runs on the host in its place."""
+    return importlib.import_module("fastrnn._cuda")
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run anything here, or None."""
+    try:
+        library = _library()
+    except ImportError as error:
+        return f"fastrnn was installed without its CUDA kernels ({error}); nvcc must be there when it is built"
+    if not library.HOST_RUN and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA's GPUs"
+    return None
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, int]:
+    """How many blocks a device runs side by side, one on each multiprocessor, and the shared memory of one."""
+    if _library().HOST_RUN:
+        return 64, 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _type(dtype: torch.dtype) -> int:
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return EXACT_FLOAT32
+    return TYPES[dtype][0]
+
+
+def can_run(call) -> str | None:
+    """Why this backend cannot run ``call``, or None if it can."""
+    reason = unavailable()
+    if reason:
+        return reason
+    on_host = _library().HOST_RUN
+    if call.device != ("cpu" if on_host else "cuda"):
+        return f"it runs on an NVIDIA GPU, the input is on {call.device}"
+    if call.dtype not in TYPES:
+        return f"it computes in bfloat16, float16 and float32, the input is {call.dtype}"
+    if call.proj_size:
+        return "its kernels have no projections (proj_size)"
+    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    if not on_host and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    blocks_at_once, most_shared = _limits(device)
+    for backward in (False, True):
+        if _library().grid(call.cell, _type(call.dtype), backward, False, 1, call.hidden_size) is not None:
+            continue
+        blocks, _, shared = _library().grid(call.cell, _type(call.dtype), backward, True, 1, call.hidden_size)
+        if blocks > blocks_at_once:
+            return f"{call.hidden_size} hidden units need {blocks} multiprocessors, there are {blocks_at_once}"
+        if shared > most_shared:
+            return f"{call.hidden_size} hidden units need {shared} bytes of shared memory, there are {most_shared}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(cell: str, kind: int, backward: bool, size: int, batch_tiles: int, groups: int, device: torch.device):
+    """Whether units are spread over blocks, tiles of sequences of a block, and groups of blocks.
+
+    A block takes a second tile of sequences only if there are more tiles than blocks at once: a step takes about as
+    long with two, but then all of them are done in half as many turns.
+    """
+    blocks_at_once, most_shared = _limits(device)
+
+    def fits(spread, tiles):
+        grid = _library().grid(cell, kind, backward, spread, tiles, size)
+        return grid is not None and grid[2] <= most_shared
+
+    spread = not fits(False, 1)
+    places = max(1, blocks_at_once // -(-size // UNITS)) if spread else blocks_at_once
+    tiles = 2 if groups * batch_tiles > places and fits(spread, 2) else 1
+    return spread, tiles, min(places, groups * -(-batch_tiles // tiles)) if spread else 0
+
+
+class _Failure:
+    """A word in the host's memory for each device, which a kernel sets that has waited in vain."""
+
+    def __init__(self):
+        self._words: dict[torch.device, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def address(self, device: torch.device) -> int:
+        """Where the device's word is, after a look at it.
+
+        Raises:
+            RuntimeError: an earlier launch gave up; its results are wrong.
+        """
+        word = self._words.get(device)
+        if word is None:
+            with self._lock:
+                word = self._words.setdefault(
+                    device, torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+                )
+        elif word[0]:
+            word.zero_()
+            raise RuntimeError(
+                f"fastrnn: an earlier launch on {device} gave up waiting for blocks that should have run beside it: "
+                "results since then are wrong. Choose another backend with fastrnn.use_backend or FASTRNN_BACKEND."
+            )
+        return word.data_ptr()
+
+
+failure = _Failure()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(scan: Scan, backward: bool, weights: Tensor, state, exchanged: Tensor, **tensors: Tensor | None) -> None:
+    """Launch a scan. ``exchanged``: the tensor (rows, .., H) in which blocks publish what others wait for."""
+    size, device = scan.hidden_size, scan.device
+    kind, lane = _type(scan.dtype), TYPES[scan.dtype][1]
+    chosen = _choose(scan.cell, kind, backward, size, -(-scan.batch // COLUMNS), scan.groups, device)
+    spread, tiles, groups_of_blocks = chosen
+    hidden, cell_state = state
+    exchange = initial = None
+    stride = -(-size // lane) * lane
+    if spread:
+        if stride == size:
+            exchange = exchanged
+        else:
+            exchange = exchanged.new_empty(exchanged.numel() // size, stride)
+        # all ones: nothing was published there yet
+        exchange.view(torch.int32 if exchange.dtype == torch.float32 else torch.int16).fill_(-1)
+        if not backward:
+            initial = hidden.new_zeros(scan.groups, scan.batch, stride, dtype=scan.dtype)
+            initial[:, :, :size] = hidden
+    reverse, period = direction_bits(scan.reverse)
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        _library().scan(
+            cell=scan.cell,
+            type=kind,
+            backward=backward,
+            spread=spread,
+            tiles=tiles,
+            groups_of_blocks=groups_of_blocks,
+            stream=torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
+            weights=weights.data_ptr(),
+            offsets=_address(scan.offsets),
+            resets=_address(scan.resets),
+            exchange=_address(exchange),
+            initial=_address(initial),
+            hidden=hidden.data_ptr(),
+            cell_state=_address(cell_state),
+            failure=failure.address(device),
+            groups=scan.groups,
+            batch=scan.batch,
+            steps=scan.steps,
+            size=size,
+            stride=stride,
+            reverse=reverse,
+            period=period,
+            **{name: _address(tensor) for name, tensor in tensors.items()},
+        )
+
+
+def _forward_scan(scan: Scan, tensors: Forward) -> None:
+    _run(
+        scan,
+        False,
+        tensors.weight_hh,
+        (tensors.hidden, tensors.cell),
+        tensors.output,
+        bias_hn=tensors.bias_hn,
+        gates_x=tensors.gates_x,
+        output=tensors.output,
+        gates=tensors.gates,
+        hidden_prev=tensors.hidden_prev,
+        cell_prev=tensors.cell_prev,
+        dgates=None,
+    )
+
+
+def _backward_scan(scan: Scan, tensors: Backward) -> None:
+    size = scan.hidden_size
+    transposed = tensors.weight_hh.view(scan.groups, -1, size, size).transpose(2, 3).contiguous()
+    _run(
+        scan,
+        True,
+        transposed,
+        (tensors.d_hidden, tensors.d_cell),
+        tensors.dgates,
+        bias_hn=None,
+        gates_x=None,
+        output=tensors.d_output,
+        gates=tensors.gates,
+        hidden_prev=tensors.hidden_prev,
+        cell_prev=tensors.cell_prev,
+        dgates=tensors.dgates,
+    )
+
+
+layer_forward = functools.partial(gpu_layer.layer_forward, _forward_scan)
+layer_backward = functools.partial(gpu_layer.layer_backward, _backward_scan)
