@@ -24,7 +24,7 @@ CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o 
 GPU_PYTHON ?= $(shell command -v python3 || echo python)
 OUT ?= bench/out/gpu
 
-.PHONY: help venv bench test gpu lint format clean
+.PHONY: help venv bench test mutate gpu lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 
 test: $(STAMP) lint ## Lint, format check and all tests
 	$(BIN)/python -m pytest
+
+mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and list those that no test notices
+	PYTHONPATH=.:tests $(BIN)/python tests/mutate.py
 
 # The benchmark runs even if a test fails, and checks its own results; make then fails at the end.
 gpu: ## On a machine with a GPU: build, GPU tests, benchmark against cuDNN; CSV and summary in $$OUT
@@ -62,6 +65,7 @@ clean: ## Remove build products and caches; the virtual environment and the benc
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks bench/out
 	find . -path './.venv*' -prune -o -path ./.git -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
+# The CUDA kernels are not built here: where there is a GPU `make gpu` does it, and tests build them for themselves.
 # torch comes first, and the install is not isolated: a build environment of its own would fetch torch again,
 # and a later package's range would choose another build of it.
 $(STAMP): pyproject.toml setup.py
@@ -82,6 +86,6 @@ $(STAMP): pyproject.toml setup.py
 	    "$$python" -m venv $(VENV); \
 	fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || ( set -x; $(PIP) install '$(TORCH)' )
-	$(PIP) install 'setuptools>=77.0.3'
-	$(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
+	$(PIP) install 'setuptools>=77.0.3' 'ninja>=1.11' 'pybind11>=2.13'
+	FASTRNN_BUILD_CUDA=0 $(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
 	@touch $@

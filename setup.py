@@ -4,6 +4,7 @@ Torch takes no part, so that one build serves every release of it, and needs no 
 
 FASTRNN_BUILD_CUDA  1 builds or fails, 0 does not build, auto (if unset) builds where it can and says what it chose.
 CUDA_HOME           where CUDA is; else the nvcc on the path is taken.
+FASTRNN_CUDA_FLAGS  more flags for nvcc.
 FASTRNN_CUDA_ARCHS  the GPUs to build for, "80 90 100" if unset; PTX for newer ones comes from 90, or the first.
 """
 
@@ -77,6 +78,7 @@ class Build(build_ext):
             f"-gencode=arch=compute_{ptx},code=compute_{ptx}",
             *(f'-I"{path}"' for path in [pybind11.get_include(), *self.include_dirs]),
         ]
+        flags.append(os.environ.get("FASTRNN_CUDA_FLAGS", ""))
         text = NINJA.format(nvcc=f'"{find_nvcc()}"', flags=" ".join(flags))
 
         def escaped(path):

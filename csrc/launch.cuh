@@ -10,7 +10,7 @@ inline int alone_threads(int size) {
 }
 
 template <class Cell, class T>
-constexpr int ALONE_MOST_UNITS = ALONE_MOST_CHUNKS<Cell, T> * CHUNK<T>;
+constexpr int ALONE_MOST_UNITS = ALONE_MOST_CHUNKS<Cell> * CHUNK<T>;
 
 template <class Cell, class T, int TILES, bool BACKWARD>
 struct Alone {

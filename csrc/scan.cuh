@@ -143,7 +143,7 @@ constexpr int KEPT_CHUNKS = FASTRNN_KEPT_CHUNKS;
 #else
 constexpr int kept_chunks(int gates, int tiles, bool alone, bool split) {
     const int most = gates == 1 ? 8 : gates == 3 || alone ? 4 : 3;
-    const int kept = most - (tiles == 1 ? 0 : !alone ? 1 : gates == 1 ? 6 : gates - 1) - (split ? 1 : 0);
+    const int kept = most - (tiles == 1 ? 0 : !alone ? 1 : gates == 1 ? 6 : gates - 1) - (split ? alone ? 2 : 1 : 0);
     return kept < 1 ? 1 : kept;
 }
 template <class Cell, class T, int TILES, bool ALONE>

@@ -18,9 +18,10 @@ HOST_DEVICE int shared_stride(int chunks) {
     return chunks * 16 + (chunks % 2 == 0 ? 16 : 0);
 }
 
-// Chunks of the depth that a block takes alone: what fits into registers and, with two tiles, into shared memory.
-template <class Cell, class T>
-constexpr int ALONE_MOST_CHUNKS = KEPT_CHUNKS<Cell, T, 1, true>;
+// Chunks of the depth that a block takes alone: what fits into registers and, for the kernels that need more of these
+// for other things, into shared memory.
+template <class Cell>
+constexpr int ALONE_MOST_CHUNKS = Cell::GATES == 1 ? 8 : 4;
 
 // Whether what a step reads is loaded one step ahead. With two tiles there are no registers for it.
 template <int TILES>
@@ -187,7 +188,7 @@ DEVICE void forward_alone(const Arguments& p) {
         }
 
         float products[TILES][GATES][4] = {};
-        multiply_shared<ALONE_MOST_CHUNKS<Cell, T>>(weights, chunks, shared + (count & 1) * copy, stride, 0, products);
+        multiply_shared<ALONE_MOST_CHUNKS<Cell>>(weights, chunks, shared + (count & 1) * copy, stride, 0, products);
 
         UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
             const int sequence = at.sequence + tile * COLUMNS + j;
@@ -276,8 +277,8 @@ DEVICE void backward_alone(const Arguments& p) {
     // dh += W^T dgates of the step before, which copy `count & 1` holds.
     const auto add_products = [&](int count) {
         float products[TILES][GATES][4] = {};
-        multiply_shared<ALONE_MOST_CHUNKS<Cell, T>>(weights, chunks, shared + (count & 1) * copy, stride, chunks * 16,
-                                                    products);
+        multiply_shared<ALONE_MOST_CHUNKS<Cell>>(weights, chunks, shared + (count & 1) * copy, stride, chunks * 16,
+                                                 products);
         UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) if (ran[tile][j])
             UNROLL for (int i = 0; i < 2; ++i) {
             UNROLL for (int gate = 0; gate < GATES; ++gate) dh[tile][j][i] += products[tile][gate][2 * i + j];

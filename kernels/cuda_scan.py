@@ -102,7 +102,7 @@ def _choose(cell: str, kind: int, backward: bool, size: int, batch_tiles: int, g
     return spread, tiles, min(places, groups * -(-batch_tiles // tiles)) if spread else 0
 
 
-class _Failure:
+class Failure:
     """A word in the host's memory for each device, which a kernel sets that has waited in vain."""
 
     def __init__(self):
@@ -130,7 +130,7 @@ class _Failure:
         return word.data_ptr()
 
 
-failure = _Failure()
+failure = Failure()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,0 +1,85 @@
+"""The CUDA kernels compile for every GPU they claim, within its registers, and the build says what it does."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_packaging import ROOT, copy_tree
+
+from bench.cuda_kernels import ARCHS, build
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile csrc/ with")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("build"))
+
+
+def setup(tree, *arguments, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "FASTRNN_BUILD_CUDA")}
+    command = [sys.executable, "setup.py", *(arguments or ("build_ext", "--inplace"))]
+    return subprocess.run(command, cwd=tree, env=inherited | environment, capture_output=True, text=True, timeout=100)
+
+
+@needs_nvcc
+def test_every_kernel_compiles_without_warnings_and_spills(built):
+    kernels, _ = built
+    # cells x types x passes x regimes x tiles, but for float32 with two tiles of a block that is alone
+    assert len(kernels) == len(ARCHS) * 3 * 2 * (4 * 2 * 2 - 1)
+    assert {kernel.arch for kernel in kernels} == set(ARCHS)
+    assert [kernel for kernel in kernels if kernel.spilled] == []
+
+
+@needs_nvcc
+def test_the_module_imports_without_a_gpu(built):
+    _, library = built
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not module.HOST_RUN
+    # blocks, threads, bytes of shared memory
+    assert module.grid("lstm", 0, False, False, 1, 128) == (1, 256, 2 * 8 * (4 * 16 + 16) * 4)
+    assert module.grid("lstm", 0, False, False, 1, 129) is None
+    blocks, threads, shared = module.grid("lstm", 0, True, True, 1, 2048)
+    assert (blocks, threads) == (128, 256) and shared <= 227 << 10
+
+
+@needs_nvcc
+def test_the_backend_says_why_it_is_not_available(built, tmp_path):
+    _, library = built
+    tree = copy_tree(tmp_path / "tree")
+    script = "import fastrnn; print({info.name: (info.available, info.reason) for info in fastrnn.backends()}['cuda'])"
+    environment = {name: value for name, value in os.environ.items() if name != "FASTRNN_BACKEND"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tree)}
+    command = [sys.executable, "-c", script]
+    before = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout
+    assert before.startswith("(False, ") and "without its CUDA kernels" in before
+    shutil.copy(library, tree / "fastrnn")
+    after = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout
+    assert after.startswith("(False, ") and "torch finds no GPU" in after
+
+
+def test_without_nvcc_the_build_goes_on_or_fails_as_asked(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    nowhere = {"CUDA_HOME": str(tmp_path / "nowhere")}
+    for choice in ({}, {"FASTRNN_BUILD_CUDA": "auto"}):
+        done = setup(tree, **nowhere, **choice)
+        assert done.returncode == 0, done.stderr
+        assert "not built (missing: nvcc" in done.stdout
+    done = setup(tree, **nowhere, FASTRNN_BUILD_CUDA="1")
+    assert done.returncode != 0
+    assert "FASTRNN_BUILD_CUDA is 1" in done.stderr and "nvcc" in done.stderr
+    done = setup(tree, FASTRNN_BUILD_CUDA="0")
+    assert done.returncode == 0 and "not built (FASTRNN_BUILD_CUDA is 0)" in done.stdout
+    done = setup(tree, FASTRNN_BUILD_CUDA="yes")
+    assert done.returncode != 0 and "'yes'" in done.stderr
+    assert not list((tree / "fastrnn").glob("*.so"))
+
+
+def test_the_sources_name_no_torch():
+    for source in (ROOT / "csrc").iterdir():
+        assert not [line for line in source.read_text().splitlines() if line.startswith("#include") and "torch" in line]
