@@ -8,7 +8,6 @@
 // not go through W_hh, `dc` by the gradient of the old cell state.
 #pragma once
 
-#include "arguments.h"
 #include "primitives.cuh"
 
 DEVICE float sigmoid(float x) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 // Sixteen bytes: what a lane reads at a time.
 struct alignas(16) Words {
     uint32_t word[4];

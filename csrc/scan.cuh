@@ -14,7 +14,6 @@
 
 #include <type_traits>
 
-#include "arguments.h"
 #include "cells.cuh"
 
 constexpr int UNITS = 16;   // rows of a tile of weights
