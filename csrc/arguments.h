@@ -26,6 +26,8 @@ struct Arguments {
     // Forward: output (rows, D, H), and unless null the reserve: gates (rows, D, SAVED, H), hidden_prev and cell_prev
     // (rows, D, H), the state before each step. Backward: the same reserve, read, and d_output, null for zeros.
     void *output, *gates, *hidden_prev, *cell_prev;
+    // (rows, D, H), or null: forward the cell state after each step, backward its gradient.
+    void* cells;
     // Backward: (rows, D, SAVED, H).
     void* dgates;
     // A word of host memory: not zero if a block has waited in vain.

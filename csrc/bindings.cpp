@@ -31,8 +31,8 @@ int launch_any(const std::string& cell, const Arguments& p, const Launch& launch
 void scan(const std::string& cell, int type, bool backward, bool spread, int tiles, int groups_of_blocks,
           uint64_t stream, uint64_t weights, uint64_t bias_hn, uint64_t gates_x, uint64_t offsets, uint64_t resets,
           uint64_t exchange, uint64_t initial, uint64_t hidden, uint64_t cell_state, uint64_t output, uint64_t gates,
-          uint64_t hidden_prev, uint64_t cell_prev, uint64_t dgates, uint64_t failure, int groups, int batch, int steps,
-          int size, int stride, uint32_t reverse, int period) {
+          uint64_t hidden_prev, uint64_t cell_prev, uint64_t cells, uint64_t dgates, uint64_t failure, int groups,
+          int batch, int steps, int size, int stride, uint32_t reverse, int period) {
     Arguments p = {};
     p.weights = address<void>(weights), p.bias_hn = address<void>(bias_hn), p.gates_x = address<void>(gates_x);
     p.offsets = address<int64_t>(offsets), p.resets = address<uint8_t>(resets);
@@ -40,7 +40,7 @@ void scan(const std::string& cell, int type, bool backward, bool spread, int til
     p.hidden = address<float>(hidden), p.cell = address<float>(cell_state);
     p.output = address<void>(output), p.gates = address<void>(gates);
     p.hidden_prev = address<void>(hidden_prev), p.cell_prev = address<void>(cell_prev);
-    p.dgates = address<void>(dgates), p.failure = address<uint32_t>(failure);
+    p.cells = address<void>(cells), p.dgates = address<void>(dgates), p.failure = address<uint32_t>(failure);
     p.groups = groups, p.batch = batch, p.steps = steps, p.size = size, p.stride = stride;
     p.reverse = reverse, p.period = period;
     p.variant.relu = cell == "rnn_relu";
@@ -70,8 +70,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
           py::arg("tiles"), py::arg("groups_of_blocks"), py::arg("stream"), py::arg("weights"), py::arg("bias_hn"),
           py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"), py::arg("initial"),
           py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"), py::arg("hidden_prev"),
-          py::arg("cell_prev"), py::arg("dgates"), py::arg("failure"), py::arg("groups"), py::arg("batch"),
-          py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"), py::arg("period"));
+          py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"), py::arg("groups"),
+          py::arg("batch"), py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"),
+          py::arg("period"));
     m.def("grid", &grid, py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"), py::arg("tiles"),
           py::arg("size"));
 #ifdef FASTRNN_HOST_RUN

@@ -30,7 +30,7 @@
 
 #define DEVICE inline
 #define HOST_DEVICE inline
-#define UNROLL
+#define UNROLLED for
 
 namespace host {
 

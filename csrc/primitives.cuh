@@ -49,8 +49,8 @@ struct Float32 {
 
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
-// Before a loop over an array that should stay in registers.
-#define UNROLL _Pragma("unroll")
+// A loop over an array that should stay in registers.
+#define UNROLLED _Pragma("unroll") for
 
 DEVICE int thread() {
     return threadIdx.x;

@@ -50,7 +50,7 @@ DEVICE Words load_lane(const T* source, int there) {
     if (there >= T::LANE && (reinterpret_cast<uintptr_t>(source) & 15) == 0)
         return *reinterpret_cast<const Words*>(source);
     // an element a step, for rows that are no whole lanes
-    UNROLL for (int k = 0; k < T::LANE && k < there; ++k) {
+    UNROLLED (int k = 0; k < T::LANE && k < there; ++k) {
         uint32_t bits = 0;
         if constexpr (T::PER_WORD == 2)
             bits = static_cast<uint32_t>(source[k].bits) << (16 * (k & 1));
@@ -78,7 +78,7 @@ DEVICE uint32_t as_operand(uint32_t word) {
 
 template <class T>
 DEVICE Words as_operand(Words words) {
-    UNROLL for (int k = 0; k < 4; ++k) words.word[k] = as_operand<T>(words.word[k]);
+    UNROLLED (int k = 0; k < 4; ++k) words.word[k] = as_operand<T>(words.word[k]);
     return words;
 }
 
@@ -116,8 +116,8 @@ DEVICE void multiply_fragments(float* accumulator, const uint32_t (&a)[4], const
             const float rest = as_float(bits) - as_float(high);
             low = rest == rest ? rounded_to_tf32(as_bits(rest)) : 0;  // infinite: all is in the high part
         };
-        UNROLL for (int n = 0; n < 4; ++n) split(a[n], high_a[n], low_a[n]);
-        UNROLL for (int n = 0; n < 2; ++n) split(b[n], high_b[n], low_b[n]);
+        UNROLLED (int n = 0; n < 4; ++n) split(a[n], high_a[n], low_a[n]);
+        UNROLLED (int n = 0; n < 2; ++n) split(b[n], high_b[n], low_b[n]);
         mma(Tf32(), accumulator, low_a[0], low_a[1], low_a[2], low_a[3], high_b[0], high_b[1]);
         mma(Tf32(), accumulator, high_a[0], high_a[1], high_a[2], high_a[3], low_b[0], low_b[1]);
         mma(Tf32(), accumulator, high_a[0], high_a[1], high_a[2], high_a[3], high_b[0], high_b[1]);
@@ -142,7 +142,7 @@ constexpr int KEPT_CHUNKS = FASTRNN_KEPT_CHUNKS;
 #else
 constexpr int kept_chunks(int gates, int tiles, bool alone, bool split) {
     const int most = gates == 1 ? 8 : gates == 3 || alone ? 4 : 3;
-    const int kept = most - (tiles == 1 ? 0 : !alone ? 1 : gates == 1 ? 6 : gates - 1) - (split ? alone ? 2 : 1 : 0);
+    const int kept = most - (tiles == 1 ? 0 : !alone ? 1 : gates == 1 ? 6 : gates - 1) - (split ? (alone ? 3 : 1) : 0);
     return kept < 1 ? 1 : kept;
 }
 template <class Cell, class T, int TILES, bool ALONE>
@@ -165,9 +165,10 @@ struct Weights {
     DEVICE void load(const T* matrix, int size, int first_unit, int first, int every, int chunks, uint32_t* shared) {
         const int lane = thread() % WARP;
         extra = shared + thread() / WARP * 2 * WARP * 4 + lane * 4;
-        UNROLL for (int gate = 0; gate < GATES; ++gate, matrix += static_cast<int64_t>(size) * size) {
-            UNROLL for (int slot = 0; slot < KEPT; ++slot) if (first + slot * every < chunks) kept[gate][slot] =
-                load_tile<T>(matrix, size, first_unit, first + slot * every, lane);
+        UNROLLED (int gate = 0; gate < GATES; ++gate, matrix += static_cast<int64_t>(size) * size) {
+            UNROLLED (int slot = 0; slot < KEPT; ++slot)
+                if (first + slot * every < chunks)
+                    kept[gate][slot] = load_tile<T>(matrix, size, first_unit, first + slot * every, lane);
             for (int slot = KEPT; first + slot * every < chunks; ++slot) {
                 const Tile tile = load_tile<T>(matrix, size, first_unit, first + slot * every, lane);
                 store_shared4(place(gate, slot), tile.even);

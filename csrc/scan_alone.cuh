@@ -106,19 +106,19 @@ DEVICE void multiply_shared(const Weights<T, GATES, KEPT>& weights, int chunks, 
                             int gate_stride, float (&products)[TILES][GATES][4]) {
     columns += thread() % WARP / 4 * stride + thread() % 4 * 4;
     const auto add = [&](int chunk, const auto& tile_of) {
-        UNROLL for (int tile = 0; tile < TILES; ++tile) {
+        UNROLLED (int tile = 0; tile < TILES; ++tile) {
             Words column;
-            UNROLL for (int gate = 0; gate < GATES; ++gate) {
+            UNROLLED (int gate = 0; gate < GATES; ++gate) {
                 if (gate == 0 || gate_stride != 0)
                     column = load_shared4(columns + tile * COLUMNS * stride + gate * gate_stride + chunk * 16);
                 multiply<T>(products[tile][gate], tile_of(gate), column);
             }
         }
     };
-    UNROLL for (int chunk = 0; chunk < KEPT; ++chunk) if (chunk < chunks)
-        add(chunk, [&](int gate) -> const Tile& { return weights.kept[gate][chunk]; });
-    UNROLL for (int chunk = KEPT; chunk < MOST; ++chunk) if (chunk < chunks)
-        add(chunk, [&](int gate) { return weights.extra_tile(gate, chunk); });
+    UNROLLED (int chunk = 0; chunk < KEPT; ++chunk)
+        if (chunk < chunks) add(chunk, [&](int gate) -> const Tile& { return weights.kept[gate][chunk]; });
+    UNROLLED (int chunk = KEPT; chunk < MOST; ++chunk)
+        if (chunk < chunks) add(chunk, [&](int gate) { return weights.extra_tile(gate, chunk); });
 }
 
 template <class Cell, class T, int TILES>
@@ -142,32 +142,37 @@ DEVICE void forward_alone(const Arguments& p) {
 
     // of every tile's sequences 2q and 2q + 1, units 2r and 2r + 1
     float hidden[TILES][2][2] = {}, cell[TILES][2][2] = {};
-    UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-        const int sequence = at.sequence + tile * COLUMNS + j;
-        UNROLL for (int i = 0; i < 2; ++i) if (sequence < p.batch && i < at.there) {
-            hidden[tile][j][i] = p.hidden[state_of(p, at, sequence) + i];
-            if (Cell::HAS_CELL) cell[tile][j][i] = p.cell[state_of(p, at, sequence) + i];
+    UNROLLED (int tile = 0; tile < TILES; ++tile)
+        UNROLLED (int j = 0; j < 2; ++j) {
+            const int sequence = at.sequence + tile * COLUMNS + j;
+            UNROLLED (int i = 0; i < 2; ++i)
+                if (sequence < p.batch && i < at.there) {
+                    hidden[tile][j][i] = p.hidden[state_of(p, at, sequence) + i];
+                    if (Cell::HAS_CELL) cell[tile][j][i] = p.cell[state_of(p, at, sequence) + i];
+                }
         }
-    }
 
     Pair<T> gates_x[TILES][2][GATES], coming[TILES][2][GATES];
     const auto load_gates = [&](const Step& step, auto& into) {
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-            const int sequence = at.sequence + tile * COLUMNS + j;
-            UNROLL for (int gate = 0; gate < GATES; ++gate) into[tile][j][gate] =
-                load_pair(static_cast<const T*>(p.gates_x) + element_of(p, at, step.first + sequence, GATES, gate),
-                          sequence < step.running ? at.there : 0);
-        }
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
+                const int sequence = at.sequence + tile * COLUMNS + j;
+                UNROLLED (int gate = 0; gate < GATES; ++gate)
+                    into[tile][j][gate] = load_pair(
+                        static_cast<const T*>(p.gates_x) + element_of(p, at, step.first + sequence, GATES, gate),
+                        sequence < step.running ? at.there : 0);
+            }
     };
     // Before the step: forget what is reset, and put the state where the products find it.
     const auto share_state = [&](const Step& step, uint32_t* target) {
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-            const int sequence = at.sequence + tile * COLUMNS + j;
-            float (&h)[2] = hidden[tile][j];
-            if (sequence < step.running && is_reset(p, step.first + sequence, at.group))
-                h[0] = h[1] = cell[tile][j][0] = cell[tile][j][1] = 0.0f;
-            share_pair<T>(target + (tile * COLUMNS + 2 * (at.lane % 4) + j) * stride, at.unit, h[0], h[1]);
-        }
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
+                const int sequence = at.sequence + tile * COLUMNS + j;
+                float (&h)[2] = hidden[tile][j];
+                if (sequence < step.running && is_reset(p, step.first + sequence, at.group))
+                    h[0] = h[1] = cell[tile][j][0] = cell[tile][j][1] = 0.0f;
+                share_pair<T>(target + (tile * COLUMNS + 2 * (at.lane % 4) + j) * stride, at.unit, h[0], h[1]);
+            }
     };
 
     clear_shared(2 * copy);
@@ -180,8 +185,9 @@ DEVICE void forward_alone(const Arguments& p) {
     for (int count = 0; count < p.steps; ++count) {
         const Step next = step_at(p, time_of<false>(p, at.group, count + 1 < p.steps ? count + 1 : count));
         if (AHEAD<TILES>) {
-            UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j)
-                UNROLL for (int gate = 0; gate < GATES; ++gate) gates_x[tile][j][gate] = coming[tile][j][gate];
+            UNROLLED (int tile = 0; tile < TILES; ++tile)
+                UNROLLED (int j = 0; j < 2; ++j)
+                    UNROLLED (int gate = 0; gate < GATES; ++gate) gates_x[tile][j][gate] = coming[tile][j][gate];
             load_gates(next, coming);
         } else {
             load_gates(step, gates_x);
@@ -190,43 +196,49 @@ DEVICE void forward_alone(const Arguments& p) {
         float products[TILES][GATES][4] = {};
         multiply_shared<ALONE_MOST_CHUNKS<Cell>>(weights, chunks, shared + (count & 1) * copy, stride, 0, products);
 
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-            const int sequence = at.sequence + tile * COLUMNS + j;
-            if (sequence >= step.running) continue;
-            const int64_t row = step.first + sequence;
-            float (&h)[2] = hidden[tile][j], (&c)[2] = cell[tile][j];
-            if (reserve != nullptr) {
-                store_pair(hidden_prev + element_of(p, at, row), h[0], h[1], at.there);
-                if (Cell::HAS_CELL) store_pair(cell_prev + element_of(p, at, row), c[0], c[1], at.there);
-            }
-            float saved[2][SAVED];
-            UNROLL for (int i = 0; i < 2; ++i) {
-                float of_gate[GATES], x[GATES];
-                UNROLL for (int gate = 0; gate < GATES; ++gate) {
-                    const Pair<T>& pair = gates_x[tile][j][gate];
-                    of_gate[gate] = products[tile][gate][2 * i + j];
-                    x[gate] = to_float(i ? pair.second : pair.first);
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
+                const int sequence = at.sequence + tile * COLUMNS + j;
+                if (sequence >= step.running) continue;
+                const int64_t row = step.first + sequence;
+                float (&h)[2] = hidden[tile][j], (&c)[2] = cell[tile][j];
+                if (reserve != nullptr) {
+                    store_pair(hidden_prev + element_of(p, at, row), h[0], h[1], at.there);
+                    if (Cell::HAS_CELL) store_pair(cell_prev + element_of(p, at, row), c[0], c[1], at.there);
                 }
-                Cell::template forward<T::EXACT>(p.variant, of_gate, x, bias[i], h[i], c[i], saved[i]);
+                float saved[2][SAVED];
+                UNROLLED (int i = 0; i < 2; ++i) {
+                    float of_gate[GATES], x[GATES];
+                    UNROLLED (int gate = 0; gate < GATES; ++gate) {
+                        const Pair<T>& pair = gates_x[tile][j][gate];
+                        of_gate[gate] = products[tile][gate][2 * i + j];
+                        x[gate] = to_float(i ? pair.second : pair.first);
+                    }
+                    Cell::template forward<T::EXACT>(p.variant, of_gate, x, bias[i], h[i], c[i], saved[i]);
+                }
+                store_pair(output + element_of(p, at, row), h[0], h[1], at.there);
+                if (Cell::HAS_CELL && p.cells != nullptr)
+                    store_pair(static_cast<T*>(p.cells) + element_of(p, at, row), c[0], c[1], at.there);
+                if (reserve != nullptr)
+                    UNROLLED (int block = 0; block < SAVED; ++block)
+                        store_pair(reserve + element_of(p, at, row, SAVED, block), saved[0][block], saved[1][block],
+                                   at.there);
             }
-            store_pair(output + element_of(p, at, row), h[0], h[1], at.there);
-            if (reserve != nullptr)
-                UNROLL for (int block = 0; block < SAVED; ++block) store_pair(
-                    reserve + element_of(p, at, row, SAVED, block), saved[0][block], saved[1][block], at.there);
-        }
 
         step = next;
         if (count + 1 < p.steps) share_state(step, shared + ((count + 1) & 1) * copy);
         block_sync();
     }
 
-    UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-        const int sequence = at.sequence + tile * COLUMNS + j;
-        UNROLL for (int i = 0; i < 2; ++i) if (sequence < p.batch && i < at.there) {
-            p.hidden[state_of(p, at, sequence) + i] = hidden[tile][j][i];
-            if (Cell::HAS_CELL) p.cell[state_of(p, at, sequence) + i] = cell[tile][j][i];
+    UNROLLED (int tile = 0; tile < TILES; ++tile)
+        UNROLLED (int j = 0; j < 2; ++j) {
+            const int sequence = at.sequence + tile * COLUMNS + j;
+            UNROLLED (int i = 0; i < 2; ++i)
+                if (sequence < p.batch && i < at.there) {
+                    p.hidden[state_of(p, at, sequence) + i] = hidden[tile][j][i];
+                    if (Cell::HAS_CELL) p.cell[state_of(p, at, sequence) + i] = cell[tile][j][i];
+                }
         }
-    }
 }
 
 template <class Cell, class T, int TILES>
@@ -246,44 +258,50 @@ DEVICE void backward_alone(const Arguments& p) {
     float dh[TILES][2][2] = {}, dc[TILES][2][2] = {};
     // Whether a sequence took the step before, and whether its state was reset there.
     bool ran[TILES][2] = {}, reset[TILES][2] = {};
-    UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-        const int sequence = at.sequence + tile * COLUMNS + j;
-        UNROLL for (int i = 0; i < 2; ++i) if (sequence < p.batch && i < at.there) {
-            dh[tile][j][i] = p.hidden[state_of(p, at, sequence) + i];
-            if (Cell::HAS_CELL) dc[tile][j][i] = p.cell[state_of(p, at, sequence) + i];
+    UNROLLED (int tile = 0; tile < TILES; ++tile)
+        UNROLLED (int j = 0; j < 2; ++j) {
+            const int sequence = at.sequence + tile * COLUMNS + j;
+            UNROLLED (int i = 0; i < 2; ++i)
+                if (sequence < p.batch && i < at.there) {
+                    dh[tile][j][i] = p.hidden[state_of(p, at, sequence) + i];
+                    if (Cell::HAS_CELL) dc[tile][j][i] = p.cell[state_of(p, at, sequence) + i];
+                }
         }
-    }
 
     struct Inputs {
         Pair<T> saved[SAVED], hidden_prev, cell_prev, d_output;
     };
     Inputs inputs[TILES][2], coming[TILES][2];
     const auto load_inputs = [&](const Step& step, Inputs(&into)[TILES][2]) {
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-            const int sequence = at.sequence + tile * COLUMNS + j;
-            const int64_t row = step.first + sequence;
-            const int there = sequence < step.running ? at.there : 0;
-            Inputs& in = into[tile][j];
-            UNROLL for (int block = 0; block < SAVED; ++block) in.saved[block] =
-                load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there);
-            if (Cell::HAS_BIAS_HN)
-                in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
-            if (Cell::HAS_CELL)
-                in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
-            in.d_output =
-                load_pair(static_cast<const T*>(p.output) + element_of(p, at, row), p.output != nullptr ? there : 0);
-        }
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
+                const int sequence = at.sequence + tile * COLUMNS + j;
+                const int64_t row = step.first + sequence;
+                const int there = sequence < step.running ? at.there : 0;
+                Inputs& in = into[tile][j];
+                UNROLLED (int block = 0; block < SAVED; ++block)
+                    in.saved[block] =
+                        load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there);
+                if (Cell::HAS_BIAS_HN)
+                    in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
+                if (Cell::HAS_CELL)
+                    in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
+                in.d_output = load_pair(static_cast<const T*>(p.output) + element_of(p, at, row),
+                                        p.output != nullptr ? there : 0);
+            }
     };
     // dh += W^T dgates of the step before, which copy `count & 1` holds.
     const auto add_products = [&](int count) {
         float products[TILES][GATES][4] = {};
         multiply_shared<ALONE_MOST_CHUNKS<Cell>>(weights, chunks, shared + (count & 1) * copy, stride, chunks * 16,
                                                  products);
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) if (ran[tile][j])
-            UNROLL for (int i = 0; i < 2; ++i) {
-            UNROLL for (int gate = 0; gate < GATES; ++gate) dh[tile][j][i] += products[tile][gate][2 * i + j];
-            if (reset[tile][j]) dh[tile][j][i] = dc[tile][j][i] = 0.0f;
-        }
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j)
+                if (ran[tile][j])
+                    UNROLLED (int i = 0; i < 2; ++i) {
+                        UNROLLED (int gate = 0; gate < GATES; ++gate) dh[tile][j][i] += products[tile][gate][2 * i + j];
+                        if (reset[tile][j]) dh[tile][j][i] = dc[tile][j][i] = 0.0f;
+                    }
     };
 
     clear_shared(2 * copy);
@@ -294,8 +312,8 @@ DEVICE void backward_alone(const Arguments& p) {
     for (int count = 0; count < p.steps; ++count) {
         const Step next = step_at(p, time_of<true>(p, at.group, count + 1 < p.steps ? count + 1 : count));
         if (AHEAD<TILES>) {
-            UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) inputs[tile][j] =
-                coming[tile][j];
+            UNROLLED (int tile = 0; tile < TILES; ++tile)
+                UNROLLED (int j = 0; j < 2; ++j) inputs[tile][j] = coming[tile][j];
             load_inputs(next, coming);
         } else {
             load_inputs(step, inputs);
@@ -303,40 +321,45 @@ DEVICE void backward_alone(const Arguments& p) {
         add_products(count);
 
         uint32_t* const target = shared + ((count + 1) & 1) * copy + 2 * (at.lane % 4) * stride;
-        UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-            const int sequence = at.sequence + tile * COLUMNS + j;
-            const int64_t row = step.first + sequence;
-            ran[tile][j] = sequence < step.running;
-            if (!ran[tile][j]) continue;
-            reset[tile][j] = is_reset(p, row, at.group);
-            const Inputs& in = inputs[tile][j];
-            float d[2][SAVED];
-            UNROLL for (int i = 0; i < 2; ++i) {
-                const auto one = [i](const Pair<T>& pair) { return to_float(i ? pair.second : pair.first); };
-                float saved[SAVED];
-                UNROLL for (int block = 0; block < SAVED; ++block) saved[block] = one(in.saved[block]);
-                dh[tile][j][i] += one(in.d_output);
-                Cell::template backward<T::EXACT>(p.variant, saved, Cell::HAS_BIAS_HN ? one(in.hidden_prev) : 0.0f,
-                                                  Cell::HAS_CELL ? one(in.cell_prev) : 0.0f, dh[tile][j][i],
-                                                  dc[tile][j][i], d[i]);
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
+                const int sequence = at.sequence + tile * COLUMNS + j;
+                const int64_t row = step.first + sequence;
+                ran[tile][j] = sequence < step.running;
+                if (!ran[tile][j]) continue;
+                reset[tile][j] = is_reset(p, row, at.group);
+                const Inputs& in = inputs[tile][j];
+                float d[2][SAVED];
+                UNROLLED (int i = 0; i < 2; ++i) {
+                    const auto one = [i](const Pair<T>& pair) { return to_float(i ? pair.second : pair.first); };
+                    float saved[SAVED];
+                    UNROLLED (int block = 0; block < SAVED; ++block) saved[block] = one(in.saved[block]);
+                    dh[tile][j][i] += one(in.d_output);
+                    if (Cell::HAS_CELL && p.cells != nullptr && i < at.there)
+                        dc[tile][j][i] += to_float(static_cast<const T*>(p.cells)[element_of(p, at, row) + i]);
+                    Cell::template backward<T::EXACT>(p.variant, saved, Cell::HAS_BIAS_HN ? one(in.hidden_prev) : 0.0f,
+                                                      Cell::HAS_CELL ? one(in.cell_prev) : 0.0f, dh[tile][j][i],
+                                                      dc[tile][j][i], d[i]);
+                }
+                UNROLLED (int block = 0; block < SAVED; ++block) {
+                    store_pair(dgates + element_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there);
+                    if (block >= FIRST)
+                        share_pair<T>(target + (tile * COLUMNS + j) * stride + (block - FIRST) * chunks * 16, at.unit,
+                                      d[0][block], d[1][block]);
+                }
             }
-            UNROLL for (int block = 0; block < SAVED; ++block) {
-                store_pair(dgates + element_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there);
-                if (block >= FIRST)
-                    share_pair<T>(target + (tile * COLUMNS + j) * stride + (block - FIRST) * chunks * 16, at.unit,
-                                  d[0][block], d[1][block]);
-            }
-        }
         step = next;
         block_sync();
     }
     add_products(p.steps);
 
-    UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int j = 0; j < 2; ++j) {
-        const int sequence = at.sequence + tile * COLUMNS + j;
-        UNROLL for (int i = 0; i < 2; ++i) if (sequence < p.batch && i < at.there) {
-            p.hidden[state_of(p, at, sequence) + i] = dh[tile][j][i];
-            if (Cell::HAS_CELL) p.cell[state_of(p, at, sequence) + i] = dc[tile][j][i];
+    UNROLLED (int tile = 0; tile < TILES; ++tile)
+        UNROLLED (int j = 0; j < 2; ++j) {
+            const int sequence = at.sequence + tile * COLUMNS + j;
+            UNROLLED (int i = 0; i < 2; ++i)
+                if (sequence < p.batch && i < at.there) {
+                    p.hidden[state_of(p, at, sequence) + i] = dh[tile][j][i];
+                    if (Cell::HAS_CELL) p.cell[state_of(p, at, sequence) + i] = dc[tile][j][i];
+                }
         }
-    }
 }

@@ -119,53 +119,62 @@ struct Products {
         float products[TILES][GATES][4] = {};
         // one pass ahead: its latency hides behind the products
         Words words[2][TILES][KEPT];
-        UNROLL for (int pass = 0; pass <= PASSES; ++pass) {
+        UNROLLED (int pass = 0; pass <= PASSES; ++pass) {
             if (pass < PASSES)
-                UNROLL for (int slot = 0; slot < KEPT; ++slot)
-                    UNROLL for (int tile = 0; tile < TILES; ++tile) if (slot * WARPS + warp < chunks)
-                        words[pass & 1][tile][slot] = glance(columns[tile], pass, slot * WARPS + warp);
+                UNROLLED (int slot = 0; slot < KEPT; ++slot)
+                    UNROLLED (int tile = 0; tile < TILES; ++tile)
+                        if (slot * WARPS + warp < chunks)
+                            words[pass & 1][tile][slot] = glance(columns[tile], pass, slot * WARPS + warp);
             if (pass == 0) continue;
             const int done = pass - 1;
-            UNROLL for (int slot = 0; slot < KEPT; ++slot) if (slot * WARPS + warp < chunks) {
-                UNROLL for (int tile = 0; tile < TILES; ++tile) {
-                    const Words operand = await(columns[tile], done, slot * WARPS + warp, words[done & 1][tile][slot]);
-                    warp_sync();
-                    UNROLL for (int gate = 0; gate < GATES; ++gate) if (PASSES == 1 || gate == done)
-                        multiply<T>(products[tile][gate], weights.kept[gate][slot], operand);
+            UNROLLED (int slot = 0; slot < KEPT; ++slot)
+                if (slot * WARPS + warp < chunks) {
+                    UNROLLED (int tile = 0; tile < TILES; ++tile) {
+                        const Words operand =
+                            await(columns[tile], done, slot * WARPS + warp, words[done & 1][tile][slot]);
+                        warp_sync();
+                        UNROLLED (int gate = 0; gate < GATES; ++gate)
+                            if (PASSES == 1 || gate == done)
+                                multiply<T>(products[tile][gate], weights.kept[gate][slot], operand);
+                    }
                 }
-            }
             for (int slot = KEPT; slot * WARPS + warp < chunks; ++slot) {
-                UNROLL for (int tile = 0; tile < TILES; ++tile) {
+                UNROLLED (int tile = 0; tile < TILES; ++tile) {
                     const int chunk = slot * WARPS + warp;
                     const Words operand = await(columns[tile], done, chunk, glance(columns[tile], done, chunk));
                     warp_sync();
-                    UNROLL for (int gate = 0; gate < GATES; ++gate) if (PASSES == 1 || gate == done)
-                        multiply<T>(products[tile][gate], weights.extra_tile(gate, slot), operand);
+                    UNROLLED (int gate = 0; gate < GATES; ++gate)
+                        if (PASSES == 1 || gate == done)
+                            multiply<T>(products[tile][gate], weights.extra_tile(gate, slot), operand);
                 }
             }
         }
 
         uint32_t* const partials = shared_memory() + copy * WARPS * SUMS * TILES * PARTIAL;
         copy ^= 1;
-        if (warp < active) UNROLL for (int tile = 0; tile < TILES; ++tile) UNROLL for (int sum = 0; sum < SUMS; ++sum) {
-                Words total;
-                UNROLL for (int k = 0; k < 4; ++k) {
-                    float value = products[tile][sum][k];
-                    if (SUMS < GATES) UNROLL for (int gate = 1; gate < GATES; ++gate) value += products[tile][gate][k];
-                    total.word[k] = as_bits(value);
+        if (warp < active)
+            UNROLLED (int tile = 0; tile < TILES; ++tile)
+                UNROLLED (int sum = 0; sum < SUMS; ++sum) {
+                    Words total;
+                    UNROLLED (int k = 0; k < 4; ++k) {
+                        float value = products[tile][sum][k];
+                        if (SUMS < GATES)
+                            UNROLLED (int gate = 1; gate < GATES; ++gate) value += products[tile][gate][k];
+                        total.word[k] = as_bits(value);
+                    }
+                    store_shared4(
+                        partials + ((warp * TILES + tile) * SUMS + sum) * PARTIAL + lane / 4 * 20 + lane % 4 * 4,
+                        total);
                 }
-                store_shared4(partials + ((warp * TILES + tile) * SUMS + sum) * PARTIAL + lane / 4 * 20 + lane % 4 * 4,
-                              total);
-            }
         block_sync();
         // in a fixed order: the same bits every time
         const uint32_t* const mine = partials + column / COLUMNS * SUMS * PARTIAL + unit / 2 * 20 +
                                      column % COLUMNS / 2 * 4 + unit % 2 * 2 + column % 2;
-        UNROLL for (int sum = 0; sum < SUMS; ++sum) {
+        UNROLLED (int sum = 0; sum < SUMS; ++sum) {
             float total = 0.0f;
             if (column < COLUMNS * TILES)
-                UNROLL for (int other = 0; other < WARPS; ++other) if (other < active) total +=
-                    as_float(load_shared(mine + (other * TILES * SUMS + sum) * PARTIAL));
+                UNROLLED (int other = 0; other < WARPS; ++other)
+                    if (other < active) total += as_float(load_shared(mine + (other * TILES * SUMS + sum) * PARTIAL));
             sums[sum] = total;
         }
     }
@@ -228,19 +237,20 @@ DEVICE void forward_spread(const Arguments& p) {
         T x[GATES], coming[GATES] = {};
         const auto load_gates = [&](const Step& step) {
             if (at.there && at.sequence < step.running)
-                UNROLL for (int gate = 0; gate < GATES; ++gate) coming[gate] =
-                    gates_x[index_of(p, step.first + at.sequence, task.group, GATES, gate, p.size, at.unit)];
+                UNROLLED (int gate = 0; gate < GATES; ++gate)
+                    coming[gate] =
+                        gates_x[index_of(p, step.first + at.sequence, task.group, GATES, gate, p.size, at.unit)];
         };
         Step step = step_at(p, time_of<false>(p, task.group, 0)), before = step;
         load_gates(step);
 
         for (int count = 0; count < p.steps; ++count) {
             const Step next = step_at(p, time_of<false>(p, task.group, count + 1 < p.steps ? count + 1 : count));
-            UNROLL for (int gate = 0; gate < GATES; ++gate) x[gate] = coming[gate];
+            UNROLLED (int gate = 0; gate < GATES; ++gate) x[gate] = coming[gate];
             load_gates(next);
 
             Column columns[TILES];
-            UNROLL for (int tile = 0; tile < TILES; ++tile) {
+            UNROLLED (int tile = 0; tile < TILES; ++tile) {
                 const int sequence = task.sequence + tile * COLUMNS + products.lane / 4;
                 const bool zero = sequence >= step.running || is_reset(p, step.first + sequence, task.group);
                 const bool first = count == 0 || sequence >= before.running;
@@ -256,24 +266,29 @@ DEVICE void forward_spread(const Arguments& p) {
 
             const int64_t row = step.first + at.sequence;
             const bool runs = at.there && at.sequence < step.running;
+            if (runs && is_reset(p, row, task.group)) hidden = cell = 0.0f;
+            const float old_hidden = hidden, old_cell = cell;
+            float saved[SAVED] = {};
             if (runs) {
-                if (is_reset(p, row, task.group)) hidden = cell = 0.0f;
-                const int64_t state = index_of(p, row, task.group, 1, 0, p.size, at.unit);
-                if (reserve != nullptr) {
-                    convert(hidden, hidden_prev[state]);
-                    if (Cell::HAS_CELL) convert(cell, cell_prev[state]);
-                }
-                float of_gate[GATES], saved[SAVED];
-                UNROLL for (int gate = 0; gate < GATES; ++gate) of_gate[gate] = to_float(x[gate]);
+                float of_gate[GATES];
+                UNROLLED (int gate = 0; gate < GATES; ++gate) of_gate[gate] = to_float(x[gate]);
                 Cell::template forward<T::EXACT>(p.variant, sums, of_gate, bias_hn, hidden, cell, saved);
-                if (p.output != p.exchange) convert(hidden, output[state]);
-                if (reserve != nullptr)
-                    UNROLL for (int block = 0; block < SAVED; ++block)
-                        convert(saved[block], reserve[index_of(p, row, task.group, SAVED, block, p.size, at.unit)]);
             }
+            // first of all: others wait for it
             if (at.column < COLUMNS * TILES)
                 publish_element<T>(p.exchange, index_of(p, row, task.group, 1, 0, p.stride, at.unit), at.unit, hidden,
                                    at.unit < p.stride && at.sequence < step.running);
+            if (runs) {
+                const int64_t state = index_of(p, row, task.group, 1, 0, p.size, at.unit);
+                if (p.output != p.exchange) convert(hidden, output[state]);
+                if (Cell::HAS_CELL && p.cells != nullptr) convert(cell, static_cast<T*>(p.cells)[state]);
+                if (reserve != nullptr) {
+                    convert(old_hidden, hidden_prev[state]);
+                    if (Cell::HAS_CELL) convert(old_cell, cell_prev[state]);
+                    UNROLLED (int block = 0; block < SAVED; ++block)
+                        convert(saved[block], reserve[index_of(p, row, task.group, SAVED, block, p.size, at.unit)]);
+                }
+            }
             before = step;
             step = next;
         }
@@ -312,8 +327,8 @@ DEVICE void backward_spread(const Arguments& p) {
             if (!at.there || at.sequence >= step.running) return;
             const int64_t row = step.first + at.sequence;
             const int64_t state = index_of(p, row, task.group, 1, 0, p.size, at.unit);
-            UNROLL for (int block = 0; block < SAVED; ++block) coming.saved[block] =
-                reserve[index_of(p, row, task.group, SAVED, block, p.size, at.unit)];
+            UNROLLED (int block = 0; block < SAVED; ++block)
+                coming.saved[block] = reserve[index_of(p, row, task.group, SAVED, block, p.size, at.unit)];
             if (Cell::HAS_BIAS_HN) coming.hidden_prev = static_cast<const T*>(p.hidden_prev)[state];
             if (Cell::HAS_CELL) coming.cell_prev = static_cast<const T*>(p.cell_prev)[state];
             if (d_output != nullptr) coming.d_output = d_output[state];
@@ -329,7 +344,7 @@ DEVICE void backward_spread(const Arguments& p) {
 
             if (count > 0) {
                 Column columns[TILES];
-                UNROLL for (int tile = 0; tile < TILES; ++tile) {
+                UNROLLED (int tile = 0; tile < TILES; ++tile) {
                     const int sequence = task.sequence + tile * COLUMNS + products.lane / 4;
                     const int64_t row = before.first + sequence;
                     columns[tile] = {
@@ -351,17 +366,23 @@ DEVICE void backward_spread(const Arguments& p) {
             if (runs) {
                 reset = is_reset(p, row, task.group);
                 float saved[SAVED];
-                UNROLL for (int block = 0; block < SAVED; ++block) saved[block] = to_float(in.saved[block]);
+                UNROLLED (int block = 0; block < SAVED; ++block) saved[block] = to_float(in.saved[block]);
                 if (d_output != nullptr) dh += to_float(in.d_output);
+                if (Cell::HAS_CELL && p.cells != nullptr)
+                    dc += to_float(static_cast<const T*>(p.cells)[index_of(p, row, task.group, 1, 0, p.size, at.unit)]);
                 Cell::template backward<T::EXACT>(p.variant, saved, Cell::HAS_BIAS_HN ? to_float(in.hidden_prev) : 0.0f,
                                                   Cell::HAS_CELL ? to_float(in.cell_prev) : 0.0f, dh, dc, d);
-                UNROLL for (int block = 0; block < SAVED; ++block) if (block < FIRST || p.dgates != p.exchange)
-                    convert(d[block], dgates[index_of(p, row, task.group, SAVED, block, p.size, at.unit)]);
             }
+            // first of all: others wait for it
             if (at.column < COLUMNS * TILES)
-                UNROLL for (int block = FIRST; block < SAVED; ++block)
+                UNROLLED (int block = FIRST; block < SAVED; ++block)
                     publish_element<T>(p.exchange, index_of(p, row, task.group, SAVED, block, p.stride, at.unit),
                                        at.unit, d[block], at.unit < p.stride && at.sequence < step.running);
+            if (runs)
+                UNROLLED (int block = 0; block < SAVED; ++block) {
+                    if (block < FIRST || p.dgates != p.exchange)
+                        convert(d[block], dgates[index_of(p, row, task.group, SAVED, block, p.size, at.unit)]);
+                }
             before = step;
             step = next;
         }

@@ -65,11 +65,11 @@ template <int CHAINS>
 __global__ void products(float* sink, int steps) {
     float accumulators[CHAINS][4] = {};
     for (int step = 0; step < steps; ++step) {
-        UNROLL for (int chain = 0; chain < CHAINS; ++chain)
+        UNROLLED (int chain = 0; chain < CHAINS; ++chain)
             mma(Bfloat16(), accumulators[chain], step, step + 1, step + 2, step + 3, step, chain);
     }
     float sum = 0;
-    UNROLL for (int chain = 0; chain < CHAINS; ++chain) sum += accumulators[chain][0];
+    UNROLLED (int chain = 0; chain < CHAINS; ++chain) sum += accumulators[chain][0];
     if (sum == 1.5f) *sink = sum;
 }
 
