@@ -1,5 +1,6 @@
 """Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models: the whole time loop and its gradient as fused kernels."""
 
+from . import init
 from .convert import convert
 from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
@@ -22,5 +23,6 @@ __all__ = [
     "backends",
     "convert",
     "explain",
+    "init",
     "use_backend",
 ]
