@@ -4,6 +4,7 @@ from . import init
 from .convert import convert
 from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
+from .flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .stream import Stream
 
@@ -16,6 +17,7 @@ __all__ = [
     "BackendInfo",
     "Explanation",
     "GRUCell",
+    "GradientFlow",
     "LSTMCell",
     "LayerExplanation",
     "RNNCell",
@@ -23,6 +25,7 @@ __all__ = [
     "backends",
     "convert",
     "explain",
+    "gradient_flow",
     "init",
     "use_backend",
 ]

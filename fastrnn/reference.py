@@ -6,6 +6,9 @@ derivatives. Gate orders and names are torch's.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,6 +59,29 @@ CELLS = {
 }
 
 
+class _Recording(threading.local):
+    """Where the hidden states of every step go, a list for each layer and direction; None: nowhere."""
+
+    hidden: list[list[Tensor]] | None = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[list[Tensor]]]:
+    """The hidden states that layers run here pass on in this thread: per layer and direction, then per time step.
+
+    They are the tensors that the next step and the output are computed from, (running sequences, H'): the gradient of
+    one holds all that reaches it.
+    """
+    before, _recording.hidden = _recording.hidden, []
+    try:
+        yield _recording.hidden
+    finally:
+        _recording.hidden = before
+
+
 def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets):
     """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
     outputs = [None] * len(sizes)
@@ -80,6 +106,8 @@ def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidde
         hidden = torch.cat([new, hidden[size:]])
         if cell is not None:
             cell = torch.cat([new_cell, cell[size:]])
+    if _recording.hidden is not None:
+        _recording.hidden.append(outputs)
     return torch.cat(outputs), hidden, cell
 
 
