@@ -563,6 +563,7 @@ def layer(
     reverse: list[int],
     checkpoint: int | None = None,
     resets: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -580,7 +581,9 @@ def layer(
         reverse: for every group 1 if it walks back in time, else 0.
         checkpoint: keep the state every so many time steps, and compute again what lies between; None keeps all.
             Where a transform, a tracer or torch.compile looks on, all is kept.
-        resets: (rows, D) bool, for a dense input: whether the state of a group is zero before the step of a row.
+        resets: (rows, D) bool: whether the state of a group is zero before the step of a row.
+        lengths: (B,) int64 on x's device, for a dense input and the backend "reference" only: a sequence's state stays
+            as it is past its length, and its output is zero there. Kernels take such a batch packed.
 
     Returns:
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
@@ -591,7 +594,7 @@ def layer(
     transformed = torch._C._are_functorch_transforms_active()
     # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
     if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
-        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets)
+        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets, lengths)
         return results if results[2] is not None else results[:2]
     config = _Config(backend, cell, tuple(reverse))
     if transformed:

@@ -17,6 +17,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from . import lengths as _lengths
 from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -78,10 +79,10 @@ def _state(hx: State | None, is_lstm: bool) -> tuple[Tensor, ...] | None:
     return None
 
 
-def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx, resets=None) -> torch.fx.Proxy:
+def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx, **more) -> torch.fx.Proxy:
     """A node for ``torch.fx.symbolic_trace``, which keeps only torch.nn's own modules whole by itself."""
     arguments = (input,) if hx is None else (input, hx)
-    more = {} if resets is None else {"resets": resets}
+    more = {name: value for name, value in more.items() if value is not None}
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, more)
 
 
@@ -170,7 +171,7 @@ class _Layer(nn.RNNBase):
             isinstance(weight, Tensor) and _fits(weight, input, autocast) for group in weights for weight in group
         )
 
-    def forward(self, input, hx=None, *, resets=None):
+    def forward(self, input, hx=None, *, resets=None, lengths=None):
         """Run the layers over ``input``; arguments, results and errors as in torch.nn.
 
         Args:
@@ -181,26 +182,36 @@ class _Layer(nn.RNNBase):
             resets: (T, B) bool, laid out as the input: where True, the state of every layer is zero before that step,
                 and no gradient crosses. A new episode begins there: the reverse direction forgets between t and t - 1
                 as well. For tensors, not for a ``PackedSequence``.
+            lengths: (B,) of whole numbers from 0 to T, () for a single sequence, on any device: how many steps of each
+                sequence count. The result is that of ``pack_padded_sequence``, this call and ``pad_packed_sequence``:
+                the output is zero past the end, the final state that after the last step that counts (``hx`` if none
+                does), and the reverse direction starts there. On a GPU plain torch operations run it: no value is
+                waited for, but it is slower.
 
         Raises:
-            ValueError, TypeError: resets of a wrong shape, dtype or device, or beside packed input.
+            ValueError, TypeError: resets or lengths of a wrong shape, dtype or device, negative lengths or longer ones
+                than T, or one of the two beside packed input. Lengths on a GPU, or in a compiled program, are
+                checked when that gets there.
 
         Returns:
             output (T, B, D * H') of the last layer, laid out as the input, and the final state, laid out as ``hx``.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _as_call_module(self, input, hx, resets)
-        prepared = self._prepare(input, hx, resets is not None)
+            return _as_call_module(self, input, hx, resets=resets, lengths=lengths)
+        beyond_torch = resets is not None or lengths is not None
+        prepared = self._prepare(input, hx, beyond_torch)
         if prepared is None:
             result = self._torch.forward(self, input, hx)
-            if resets is not None:
-                raise ValueError("resets need an input of torch.nn's ordinary form, with at least one element")
+            if beyond_torch:
+                raise ValueError("resets and lengths need an input of torch.nn's ordinary form, with some element")
             return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
-        if resets is not None:
-            resets = self._resets_of_rows(input, resets)
         packed = isinstance(input, PackedSequence)
         unbatched = not packed and input.dim() == 2
+        if lengths is not None:
+            return self._forward_with_lengths(input, lengths, resets, prepared, unbatched)
+        if resets is not None:
+            resets = self._resets_of_rows(input, resets)
         if packed and state and input.sorted_indices is not None:
             state = tuple(part.index_select(1, input.sorted_indices) for part in state)
         output, final = self._run(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets)
@@ -208,15 +219,49 @@ class _Layer(nn.RNNBase):
             if input.unsorted_indices is not None:
                 final = tuple(part.index_select(1, input.unsorted_indices) for part in final)
             output = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        elif unbatched:
-            final = tuple(part.squeeze(1) for part in final)
-        elif self.batch_first:
-            output = output.view(-1, batch, output.shape[-1]).transpose(0, 1)
         else:
-            output = output.view(-1, batch, output.shape[-1])
+            output = self._laid_out(output, batch, unbatched)
+            if unbatched:
+                final = tuple(part.squeeze(1) for part in final)
         return output, final if self.mode == "LSTM" else final[0]
 
-    def _resets_of_rows(self, input, resets) -> Tensor:
+    def _laid_out(self, rows: Tensor, batch: int, unbatched: bool) -> Tensor:
+        """Rows of a dense input's output, laid out as that input."""
+        if unbatched:
+            return rows
+        rows = rows.view(-1, batch, rows.shape[-1])
+        return rows.transpose(0, 1) if self.batch_first else rows
+
+    def _forward_with_lengths(self, input, lengths, resets, prepared, unbatched):
+        """``forward`` of a padded batch, after ``_prepare``."""
+        backend, rows, _, batch, state, weights, dtype = prepared
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths go with a padded tensor, got a PackedSequence, which has its own")
+        steps = rows.shape[0] // batch
+        numbers = _lengths.checked(lengths, input, steps, () if unbatched else (batch,))
+        # on a GPU kernels would have to be told the numbers of rows, for which this call would wait
+        packing = None
+        if input.device.type == "cpu" and backend != "reference":
+            packing = _lengths.pack(numbers, steps, batch)
+        if resets is not None:
+            resets = self._resets_of_rows(input, resets, numbers)
+        if unbatched:
+            state = tuple(part.unsqueeze(1) for part in state)
+        if packing is None:
+            numbers = numbers.to(rows.device, non_blocking=True)
+            call = ("reference", rows, None, batch, state, weights, dtype, False, resets, numbers)
+        else:
+            rows, state = packing.pack(rows), tuple(packing.pack_state(part) for part in state)
+            resets = None if resets is None else resets.index_select(0, packing.index)
+            call = (backend, rows, packing.batch_sizes, len(packing.order), state, weights, dtype, False, resets)
+        output, final = self._run(*call)
+        if packing is not None:
+            output, final = packing.unpack(output), tuple(packing.unpack_state(part, batch) for part in final)
+        if unbatched:
+            final = tuple(part.squeeze(1) for part in final)
+        return self._laid_out(output, batch, unbatched), final if self.mode == "LSTM" else final[0]
+
+    def _resets_of_rows(self, input, resets, lengths=None) -> Tensor:
         """``resets`` of a call as (rows, D): whether a direction's state is zero before its step of a row."""
         if isinstance(input, PackedSequence):
             raise ValueError("resets go with a tensor, got a PackedSequence: pad it, or pack one sequence per episode")
@@ -231,6 +276,10 @@ class _Layer(nn.RNNBase):
         if input.dim() == 3 and self.batch_first:
             resets = resets.transpose(0, 1)
         forward = resets.reshape(resets.shape[0], -1)
+        if lengths is not None:
+            forward = forward & (
+                torch.arange(len(forward), device=forward.device)[:, None] < lengths.to(forward.device)
+            )
         if not self.bidirectional:
             return forward.reshape(-1, 1)
         backward = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
@@ -271,7 +320,7 @@ class _Layer(nn.RNNBase):
             data = data.transpose(0, 1)
         return backend, data.reshape(-1, data.shape[-1]), batch_sizes, batch, state, weights, dtype
 
-    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets=None):
+    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets=None, lengths=None):
         """All layers: rows (R, I) to the last layer's output (R, D*H') and the final state."""
         directions = 2 if self.bidirectional else 1
         reverse = [0, 1][:directions]
@@ -305,7 +354,7 @@ class _Layer(nn.RNNBase):
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
-                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets),
+                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets, lengths),
             )
             finals.append(final)
             if self.dropout and self.training and layer < self.num_layers - 1:

@@ -20,10 +20,10 @@ _library = torch.library.Library("fastrnn", "DEF")
 
 # x (rows, S, I), S = D or a divisor of it; weight_ih (D, G*H, I); weight_hh (D, G*H, H') with H' = proj_size or H;
 # bias_ih and bias_hh (D, G*H), both or none; weight_hr (D, H', H); h0 (D, B, H'); c0 (D, B, H); batch_sizes (T,) int64
-# on the CPU, not increasing; reverse[d] is 1 where group d walks back in time; resets (rows, D) bool, of a dense input
-# only: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0
-# and c0. With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and
-# W_hn h + b_hn; RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
+# on the CPU, not increasing, maybe zero at the end; reverse[d] is 1 where group d walks back in time; resets (rows, D)
+# bool: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0 and c0.
+# With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn;
+# RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
 _library.define(
     "layer_forward(str backend, str cell, Tensor x, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, "
     "Tensor? bias_hh, Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save, "
@@ -61,26 +61,36 @@ def _expect_packing(batch_sizes: Tensor | None, rows: int, batch: int) -> None:
     else:
         sizes = batch_sizes.tolist()
         falling = sizes == sorted(sizes, reverse=True)
-        valid = sizes and falling and sizes[-1] > 0 and sizes[0] <= batch and sum(sizes) == rows
-        expected = f"batch_sizes should fall from at most {batch}, stay above 0 and add up to {rows}, got {sizes[:20]}"
+        valid = sizes and falling and sizes[-1] >= 0 and sizes[0] <= batch and sum(sizes) == rows
+        expected = f"batch_sizes should fall from at most {batch}, not below 0, and add up to {rows}, got {sizes[:20]}"
     if not valid:
         raise RuntimeError(f"fastrnn: {expected}")
 
 
-def _expect_resets(resets: Tensor | None, batch_sizes: Tensor | None, rows: int, groups: int) -> None:
+def _expect_resets(resets: Tensor | None, rows: int, groups: int) -> None:
     _expect("resets", resets, rows, groups)
-    if resets is not None and (resets.dtype != torch.bool or batch_sizes is not None):
-        raise RuntimeError(f"fastrnn: resets should be bool and go with a dense input, got {resets.dtype}")
+    if resets is not None and resets.dtype != torch.bool:
+        raise RuntimeError(f"fastrnn: resets should be bool, got {resets.dtype}")
 
 
-def zero_before_first_step(resets: Tensor, reverse, states: tuple[Tensor | None, ...]) -> None:
+def zero_before_first_step(
+    resets: Tensor, reverse, states: tuple[Tensor | None, ...], batch_sizes: Tensor | None
+) -> None:
     """Set to zero, in place, the rows of states (D, B, .) that are reset before the first step of their direction."""
+    batch = states[0].shape[1]
+    if batch_sizes is None:
+        first, last = resets[:batch], resets[-batch:]
+    else:
+        batch = int(batch_sizes[0])
+        sequences = torch.arange(batch, device=batch_sizes.device)
+        steps = (batch_sizes[:, None] > sequences).sum(0)
+        rows = (batch_sizes.cumsum(0) - batch_sizes)[steps - 1] + sequences
+        first, last = resets[:batch], resets.index_select(0, rows.to(resets.device))
     for group, backwards in enumerate(reverse):
-        batch = states[0].shape[1]
-        first = resets[-batch:, group] if backwards else resets[:batch, group]
+        reset = (last if backwards else first)[:, group, None]
         for state in states:
             if state is not None:
-                state[group].masked_fill_(first[:, None], 0)
+                state[group, :batch].masked_fill_(reset, 0)
 
 
 def layer_forward_on(
@@ -101,7 +111,7 @@ def layer_forward_on(
     _expect("h0", h0, groups, batch, state_size if weight_hr is not None else size)
     _expect("c0", c0, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
-    _expect_resets(resets, batch_sizes, rows, groups)
+    _expect_resets(resets, rows, groups)
     results = dispatch.kernels(backend).layer_forward(
         *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets)
     )
@@ -147,7 +157,7 @@ def layer_backward_on(
     _expect("d_h_n", d_h_n, groups, batch, state_size)
     _expect("d_c_n", d_c_n, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
-    _expect_resets(resets, batch_sizes, rows, groups)
+    _expect_resets(resets, rows, groups)
     if examples < 1 or rows % examples or groups % sources:
         raise RuntimeError(f"fastrnn: {rows} rows and {groups} groups do not fit {examples} examples, {sources} inputs")
     return dispatch.kernels(backend).layer_backward(

@@ -82,7 +82,9 @@ def recorded() -> Iterator[list[list[Tensor]]]:
         _recording.hidden = before
 
 
-def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets):
+def _direction(
+    step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets, lengths
+):
     """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
     outputs = [None] * len(sizes)
     starts = [0]
@@ -103,12 +105,26 @@ def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidde
         if weight_hr is not None:
             new = torch.nn.functional.linear(new, weight_hr)
         outputs[time] = new
+        if lengths is not None:
+            counts = (time < lengths)[:, None]
+            new, new_cell = (
+                torch.where(counts, new, running),
+                None if cell is None else torch.where(counts, new_cell, running_cell),
+            )
         hidden = torch.cat([new, hidden[size:]])
         if cell is not None:
             cell = torch.cat([new_cell, cell[size:]])
     if _recording.hidden is not None:
         _recording.hidden.append(outputs)
-    return torch.cat(outputs), hidden, cell
+    output = torch.cat(outputs)
+    if lengths is not None:
+        output = torch.where(_counts(lengths, len(sizes)), output, 0)
+    return output, hidden, cell
+
+
+def _counts(lengths: Tensor, steps: int) -> Tensor:
+    """(T * B, 1): whether a row is before its sequence's end."""
+    return (torch.arange(steps, device=lengths.device)[:, None] < lengths).reshape(-1, 1)
 
 
 def layer(
@@ -124,18 +140,22 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: list[int],
     resets: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
     if x.dtype in (torch.bfloat16, torch.float16):
         # as the kernels do: the state is kept in float32 from step to step
         tensors = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
         single = [None if tensor is None else tensor.float() for tensor in tensors]
-        results = layer(cell, *single, batch_sizes, reverse, resets)
+        results = layer(cell, *single, batch_sizes, reverse, resets, lengths)
         return tuple(None if result is None else result.to(x.dtype) for result in results)
     groups = len(reverse)
     inputs = x.shape[1]
     batch = h0.shape[1]
     sizes = [batch] * (x.shape[0] // batch) if batch_sizes is None else batch_sizes.tolist()
+    if lengths is not None:
+        # in gradients a NaN of the padding would come through: 0 · NaN is NaN
+        x = torch.where(_counts(lengths, len(sizes))[:, :, None], x, 0)
     results = [
         _direction(
             CELLS[cell].step,
@@ -150,6 +170,7 @@ def layer(
             sizes,
             reverse[group],
             None if resets is None else resets[:, group],
+            lengths,
         )
         for group in range(groups)
     ]

@@ -501,7 +501,7 @@ def layer_forward(
     if rows:
         if resets is not None:
             resets = resets.contiguous()
-            zero_before_first_step(resets, reverse, (hidden, cell_state))
+            zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
         _, sources, input_size = x.shape
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(

@@ -334,11 +334,13 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                         *(advance(output, entry * state_size + first_state), state_stride, rows, states),
                     )
                     if call[field.RESETS] != 0 and index + 1 < steps:
-                        following = entry + (-directions if backwards else directions) * batch
-                        zero_at_resets(call, following, rows, advance(block_new, first_state), states, state_size)
+                        next_running = rows_at(call, time - 1 if backwards else time + 1)
+                        following = entry + (-next_running if backwards else running) * directions
+                        going_on = min(rows, next_running - block)
+                        zero_at_resets(call, following, going_on, advance(block_new, first_state), states, state_size)
                         if call[field.CELL] != 0:
                             block_cell = advance(cell, block * size + first_unit)
-                            zero_at_resets(call, following, rows, block_cell, end_unit - first_unit, size)
+                            zero_at_resets(call, following, going_on, block_cell, end_unit - first_unit, size)
                 if not backwards:
                     offset += running
                 if members > 1:

@@ -213,7 +213,7 @@ def layer_forward(
     if rows and size:
         gates_x, bias_hn = _project(cell, x, weight_ih, bias_ih, bias_hh)
         if resets is not None:
-            zero_before_first_step(resets, reverse, (hidden, cell_state))
+            zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
         exchange = x.new_empty(2, groups, batch, size)
         exchange[0] = hidden
         steps = rows // batch if batch_sizes is None else len(batch_sizes)

@@ -298,10 +298,13 @@ def forward_scan(
         out = tl.where(mask, new_h, h)
         h, c = out, tl.where(mask, new_c, c)
         if WITH_RESETS:
-            following = resets + entries + tl.where(backwards, -batch, batch).to(tl.int64) * groups
-            running = tl.where(index + 1 < steps, batch, 0)
-            h = _zero_at_resets(h, following, rows < running)
-            c = _zero_at_resets(c, following, rows < running)
+            # beyond the last step nothing runs, and no address is read
+            following = tl.where(index + 1 < steps, tl.where(backwards, time - 1, time + 1), time)
+            start, running = _rows_at(offsets, following, batch, PACKED)
+            running = tl.where(index + 1 < steps, running, 0)
+            next_entries = (start + rows) * groups + group
+            h = _zero_at_resets(h, resets + next_entries, rows < running)
+            c = _zero_at_resets(c, resets + next_entries, rows < running)
         if not ALONE:
             # before all other stores, which an arrival would wait for
             target = exchange + (index + 1) % 2 * slot_size + state
@@ -379,17 +382,17 @@ def backward_scan(
                 if index > begin:
                     _wait(counter, (index - begin) * tl.num_programs(0))
                 before = tl.where(backwards, index - 1, steps - index)
-                start, running = _rows_at(offsets, before, batch, PACKED)
-                source_entries = (start + rows) * groups + group
+                source_start, source_running = _rows_at(offsets, before, batch, PACKED)
+                source_entries = (source_start + rows) * groups + group
                 source_rows = source_entries * (SAVED * H) + FIRST
                 sums = _multiply_chunks(
-                    dgates + source_rows[None, :, None], (rows < batch) & (rows < running), resident, weight, block,
-                    tl.zeros([SPLITS, ROWS, UNITS], ACC),
+                    dgates + source_rows[None, :, None], (rows < batch) & (rows < source_running), resident,
+                    weight, block, tl.zeros([SPLITS, ROWS, UNITS], ACC),
                     True, H, GATES, UNITS, CHUNK, CHUNKS, SPLITS, IN_FLIGHT, PRECISION,
                 )  # fmt: skip
                 dh += _add_up(sums, SPLITS, ROWS, UNITS)
                 if WITH_RESETS:
-                    dh = _zero_at_resets(dh, resets + source_entries, rows < batch)
+                    dh = _zero_at_resets(dh, resets + source_entries, rows < source_running)
 
         d_gates, past_weights, new_dc = backward_step(CELL, saved, h_prev, c_prev, dh + d_out, dc, EXACT)
         _store_tiles(dgates, d_gates, entries, units, mask, H, SAVED)
@@ -403,7 +406,7 @@ def backward_scan(
             sums = tl.zeros([SPLITS, ROWS, UNITS], ACC)
             dh += _add_up(_multiply(operand, resident[0], sums, PRECISION), SPLITS, ROWS, UNITS)
             if WITH_RESETS:
-                dh = _zero_at_resets(dh, resets + entries, rows < batch)
+                dh = _zero_at_resets(dh, resets + entries, rows < running)
         elif index + 1 < end:
             _arrive(counter)
 
