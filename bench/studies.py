@@ -118,7 +118,7 @@ def parts() -> None:
         cell_state = state if CELLS[name].has_cell_state else None
         x = torch.randn(rows, 1, hidden)
         forward = ("numba", name, x, *weights, None, state, cell_state, None, [0], True)
-        output, _, _, gates, hidden_prev, cell_prev = ops.layer_forward(*forward)
+        output, _, _, gates, hidden_prev, cell_prev, _ = ops.layer_forward(*forward)
         reserve = (gates, hidden_prev, cell_prev if cell_state is not None else None)
 
         def backward(*needs: bool):

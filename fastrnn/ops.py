@@ -23,12 +23,13 @@ _library = torch.library.Library("fastrnn", "DEF")
 # on the CPU, not increasing, maybe zero at the end; reverse[d] is 1 where group d walks back in time; resets (rows, D)
 # bool: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0 and c0.
 # With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn;
-# RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
+# RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H). With cells, of the LSTM,
+# the cell state after each step, (rows, D*H).
 _library.define(
     "layer_forward(str backend, str cell, Tensor x, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, "
     "Tensor? bias_hh, Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save, "
-    "Tensor? resets=None) -> "
-    "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor hidden_prev, Tensor cell_prev)"
+    "Tensor? resets=None, bool cells=False) -> "
+    "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor hidden_prev, Tensor cell_prev, Tensor cells)"
 )
 
 # Gradients of all inputs, those that ``needs`` asks for (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr; always
@@ -38,7 +39,7 @@ _library.define(
     "layer_backward(str backend, str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor gates, "
     "Tensor hidden_prev, Tensor? cell_prev, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, "
     "SymInt batch, Tensor? batch_sizes, int[] reverse, SymInt examples, bool[] needs, "
-    "Tensor? resets=None) -> (Tensor dx, "
+    "Tensor? resets=None, Tensor? d_cells=None) -> (Tensor dx, "
     "Tensor d_weight_ih, Tensor d_bias_ih, Tensor d_weight_hh, Tensor d_bias_hh, Tensor d_weight_hr, Tensor dh0, "
     "Tensor dc0)"
 )
@@ -94,9 +95,23 @@ def zero_before_first_step(
 
 
 def layer_forward_on(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
+    backend,
+    cell,
+    x,
+    weight_ih,
+    bias_ih,
+    weight_hh,
+    bias_hh,
+    weight_hr,
+    h0,
+    c0,
+    batch_sizes,
+    reverse,
+    save,
+    resets=None,
+    cells=False,
 ):
-    """What ``layer_forward`` does, past torch's dispatcher."""
+    """What ``layer_forward`` does, past torch's dispatcher; the seventh result only with ``cells``."""
     rows, sources, input_size = x.shape
     groups, gate_size, _ = weight_hh.shape
     batch, state_size = h0.shape[1:]
@@ -112,13 +127,18 @@ def layer_forward_on(
     _expect("c0", c0, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
     _expect_resets(resets, rows, groups)
+    if cells and c0 is None:
+        raise RuntimeError(f"fastrnn: {cell} has no cell states")
     results = dispatch.kernels(backend).layer_forward(
-        *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets)
+        *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets, cells)
     )
-    return _fill(results, x)
+    return _fill(results if cells else results[:6], x)
 
 
-torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")(layer_forward_on)
+@torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
+def _layer_forward(*arguments):
+    results = layer_forward_on(*arguments)
+    return results if len(results) == 7 else (*results, results[0].new_empty(0))
 
 
 def layer_backward_on(
@@ -140,6 +160,7 @@ def layer_backward_on(
     examples,
     needs,
     resets=None,
+    d_cells=None,
     overwrite=False,
 ):
     """What ``layer_backward`` does, past torch's dispatcher; ``overwrite``: ``gates`` may be written to."""
@@ -156,6 +177,7 @@ def layer_backward_on(
     _expect("d_output", d_output, rows, groups * state_size)
     _expect("d_h_n", d_h_n, groups, batch, state_size)
     _expect("d_c_n", d_c_n, groups, batch, size)
+    _expect("d_cells", d_cells, rows, groups * size)
     _expect_packing(batch_sizes, rows, batch)
     _expect_resets(resets, rows, groups)
     if examples < 1 or rows % examples or groups % sources:
@@ -164,7 +186,7 @@ def layer_backward_on(
         cell,
         *(d_output, d_h_n, d_c_n),
         *(gates, hidden_prev, cell_prev),
-        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, resets, overwrite),
+        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, resets, d_cells, overwrite),
     )
 
 
@@ -175,7 +197,21 @@ def _layer_backward(*arguments):
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=_library)
 def _fake_layer_forward(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
+    backend,
+    cell,
+    x,
+    weight_ih,
+    bias_ih,
+    weight_hh,
+    bias_hh,
+    weight_hr,
+    h0,
+    c0,
+    batch_sizes,
+    reverse,
+    save,
+    resets=None,
+    cells=False,
 ):
     rows = x.shape[0]
     groups, batch, state_size = h0.shape
@@ -189,6 +225,7 @@ def _fake_layer_forward(
         empty(rows, groups, CELLS[cell].saved * size) if save else empty(0),
         empty(rows, groups, state_size) if save else empty(0),
         empty(rows, groups, size) if save and has_cell_state else empty(0),
+        empty(rows, groups * size) if cells else empty(0),
     )
 
 
@@ -212,6 +249,7 @@ def _fake_layer_backward(
     examples,
     needs,
     resets=None,
+    d_cells=None,
 ):
     groups, gate_size, state_size = weight_hh.shape
     size = state_size if weight_hr is None else weight_hr.shape[2]

@@ -86,7 +86,7 @@ def _direction(
     step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets, lengths
 ):
     """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
-    outputs = [None] * len(sizes)
+    outputs, cells = [None] * len(sizes), [None] * len(sizes)
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -104,7 +104,7 @@ def _direction(
         new, new_cell = step(gates_x, gates_h, running, running_cell)
         if weight_hr is not None:
             new = torch.nn.functional.linear(new, weight_hr)
-        outputs[time] = new
+        outputs[time], cells[time] = new, new_cell
         if lengths is not None:
             counts = (time < lengths)[:, None]
             new, new_cell = (
@@ -116,10 +116,11 @@ def _direction(
             cell = torch.cat([new_cell, cell[size:]])
     if _recording.hidden is not None:
         _recording.hidden.append(outputs)
-    output = torch.cat(outputs)
+    results = [torch.cat(outputs), None if cell is None else torch.cat(cells)]
     if lengths is not None:
-        output = torch.where(_counts(lengths, len(sizes)), output, 0)
-    return output, hidden, cell
+        counts = _counts(lengths, len(sizes))
+        results = [None if result is None else torch.where(counts, result, 0) for result in results]
+    return results[0], hidden, cell, results[1]
 
 
 def _counts(lengths: Tensor, steps: int) -> Tensor:
@@ -141,8 +142,8 @@ def layer(
     reverse: list[int],
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``, cells always."""
     if x.dtype in (torch.bfloat16, torch.float16):
         # as the kernels do: the state is kept in float32 from step to step
         tensors = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
@@ -174,5 +175,7 @@ def layer(
         )
         for group in range(groups)
     ]
-    outputs, hiddens, cells = zip(*results, strict=True)
-    return torch.cat(outputs, -1), torch.stack(hiddens), None if c0 is None else torch.stack(cells)
+    outputs, hiddens, finals, cells = zip(*results, strict=True)
+    if c0 is None:
+        return torch.cat(outputs, -1), torch.stack(hiddens), None, None
+    return torch.cat(outputs, -1), torch.stack(hiddens), torch.stack(finals), torch.cat(cells, -1)

@@ -479,7 +479,8 @@ def layer_forward(
     reverse: list[int],
     save: bool,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    cells: bool = False,
+) -> tuple[Tensor | None, ...]:
     """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
     dtype, rows = x.dtype, x.shape[0]
     compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
@@ -498,6 +499,7 @@ def layer_forward(
         gates = _new(hidden, rows, directions, LAYOUTS[cell].saved * size)
         hidden_prev = _new(hidden, rows, directions, state_size)
         cell_prev = None if c0 is None else _new(hidden, rows, directions, size)
+    cells = _new(hidden, rows, directions * size) if cells else None
     if rows:
         if resets is not None:
             resets = resets.contiguous()
@@ -515,10 +517,11 @@ def layer_forward(
             field.RESETS: resets,
             **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
+            field.CELLS: cells,
             field.HIDDEN_2: hidden.clone() if plan.members > 1 else None,
         }
         _run(plan, sizes, arrays)
-    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, cells)
     return _converted(results, dtype)
 
 
@@ -540,6 +543,7 @@ def layer_backward(
     examples: int,
     needs: list[bool],
     resets: Tensor | None,
+    d_cells: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
@@ -551,8 +555,8 @@ def layer_backward(
     x, weight_ih, weight_hh, weight_hr = (
         _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
-    gates, hidden_prev, cell_prev, d_output = (
-        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output)
+    gates, hidden_prev, cell_prev, d_output, d_cells = (
+        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output, d_cells)
     )
     directions, gate_size, state_size = weight_hh.shape
     size = gate_size // LAYOUTS[cell].gates
@@ -589,6 +593,7 @@ def layer_backward(
             **{field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
             **{field.D_OUTPUT: d_output, field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
+            field.D_CELLS: d_cells,
             **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
             **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
             **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
