@@ -533,8 +533,8 @@ class ScanBackwardTransformed(ScanBackward):
 
 
 def _keep_for_operator(ctx, inputs, output):
-    backend, cell, *tensors, reverse, _, resets, _ = inputs
-    ctx.config = (backend, cell, reverse)
+    backend, cell, *tensors, reverse, _, resets, cells = inputs
+    ctx.config = (backend, cell, reverse, cells)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, resets)
 
@@ -542,13 +542,15 @@ def _keep_for_operator(ctx, inputs, output):
 @once_differentiable
 def _operator_gradients(ctx, d_output, d_h_n, d_c_n, _gates, _hidden_prev, _cell_prev, d_cells):
     """The derivative of the operator called by itself, as programs from ``torch.export`` and ``torch.jit.trace`` do."""
-    backend, cell, reverse = ctx.config
+    backend, cell, reverse, cells = ctx.config
     *inputs, batch_sizes, resets = ctx.saved_tensors
     # such a program was recorded without saving anything: run the loop once more
     results = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True, resets)
     gates, hidden_prev, cell_prev = results[3:6]
     if inputs[-1] is None:
         d_c_n = cell_prev = None
+    if not cells:
+        d_cells = None
     config = _Config(backend, cell, reverse, needs=tuple(ctx.needs_input_grad[2:10]))
     gradients = _scan_backward(
         config, batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, gates, hidden_prev, cell_prev, _Inputs(*inputs)

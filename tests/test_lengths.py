@@ -237,7 +237,8 @@ def test_inductor():
         torch.testing.assert_close(mine, other, rtol=0, atol=FLOAT64_AGREEMENT)
 
 
-def test_export_trace_and_symbolic_trace():
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_export_and_traces():
     ours, _, input, _ = draw("lstm", bidirectional=True)
     model, input = Model(ours), input.detach()
     expected = model(input, LENGTHS)[0]
@@ -245,15 +246,26 @@ def test_export_trace_and_symbolic_trace():
     torch.testing.assert_close(program.module()(input, LENGTHS)[0], expected, rtol=0, atol=FLOAT64_AGREEMENT)
     short = LENGTHS.clamp(max=6)
     torch.testing.assert_close(program.module()(input[:6], short)[0], model(input[:6], short)[0])
-    traced = torch.fx.symbolic_trace(model)
-    torch.testing.assert_close(traced(input, LENGTHS)[0], expected, rtol=0, atol=FLOAT64_AGREEMENT)
+    symbolic = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(symbolic(input, LENGTHS)[0], expected, rtol=0, atol=FLOAT64_AGREEMENT)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (input, LENGTHS), check_trace=False)
+    torch.testing.assert_close(traced(input, short.flip(0))[0], model(input, short.flip(0))[0])
 
 
-def test_meta():
-    layer = fastrnn.GRU(FEATURES, HIDDEN, device="meta")
-    lengths = torch.empty(BATCH, dtype=torch.long, device="meta")
-    output, final = layer(torch.empty(STEPS, BATCH, FEATURES, device="meta"), lengths=lengths)
-    assert output.shape == (STEPS, BATCH, HIDDEN) and final.shape == (1, BATCH, HIDDEN)
+@layers
+def test_no_number_is_looked_at_on_another_device(name):
+    """The way of a GPU, on which no call may wait: tensors of the device meta have no numbers, reading one fails."""
+    class_name, variant = LAYERS[name]
+    layer = getattr(fastrnn, class_name)(FEATURES, HIDDEN, 2, bidirectional=True, device="meta", **variant)
+    input = torch.empty(STEPS, BATCH, FEATURES, device="meta", requires_grad=True)
+    resets = torch.empty(STEPS, BATCH, device="meta") > 0
+    width = 2 * (getattr(layer, "proj_size", 0) or HIDDEN)
+    for lengths in (torch.empty(BATCH, dtype=torch.int32, device="meta"), LENGTHS):
+        output, _ = layer(input, lengths=lengths, resets=resets)
+        assert output.shape == (STEPS, BATCH, width)
+        output.sum().backward()
+        assert input.grad.shape == input.shape
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])

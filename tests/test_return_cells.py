@@ -213,7 +213,8 @@ def test_checkpoints_in_first_order_and_half_precision():
                 torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance)
 
 
-def test_compile_export_and_symbolic_trace():
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_compile_export_and_traces():
     ours, _, input, hx = draw("lstm", bidirectional=True)
     expected = results_of(lambda: ours(input, hx, return_cells=True), ours, input, hx)
     torch._dynamo.reset()
