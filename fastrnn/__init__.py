@@ -6,6 +6,7 @@ from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
 from .flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .per_sample import per_sample_gradients
 from .stream import Stream
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "explain",
     "gradient_flow",
     "init",
+    "per_sample_gradients",
     "use_backend",
 ]
