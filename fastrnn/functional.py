@@ -77,13 +77,17 @@ def is_plain(tensors) -> bool:
 def _scan(
     config: _Config, batch_sizes: Tensor | None, resets: Tensor | None, inputs: _Inputs, save: bool
 ) -> tuple[Tensor, ...]:
-    arguments = (*(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets, config.cells),)
     if is_plain(inputs):
         with torch.no_grad():
-            return ops.layer_forward_on(*arguments)
+            return ops.layer_forward_on(
+                config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets, config.cells
+            )
     # past the operator's own derivative, which would cost 10 µs and do nothing here
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.layer_forward(*arguments)[: 7 if config.cells else 6]
+        results = ops.layer_forward(
+            config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets, config.cells
+        )
+        return results if config.cells else results[:6]
 
 
 def _scan_backward(
@@ -163,7 +167,7 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells):
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, resets, *arguments, *inputs)
     else:
-        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n, d_cells)
+        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or _are_plain((d_cells,)))
         gradients = _scan_backward(config, batch_sizes, resets, *arguments, inputs, last_use)
     return _as_given(_of_the_only_example(gradients), grouped)
 
@@ -620,7 +624,9 @@ def layer(
     if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
         results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets, lengths)
         return results[: 2 if results[2] is None else 4 if cells else 3]
-    config = _Config(backend, cell, tuple(reverse), cells=cells)
+    config = _Config(backend, cell, tuple(reverse))
+    if cells:
+        config = config._replace(cells=True)
     if transformed:
         results = ScanTransformed.apply(config, batch_sizes, resets, *_grouped(inputs))
     elif (

@@ -53,7 +53,7 @@ def _unmapped(tensor: Tensor) -> Tensor | None:
 
 
 def checked(lengths, input: Tensor, steps: int, shape: tuple[int, ...]) -> Tensor:
-    """``lengths`` of a call as int64, (B,), on its own device; its numbers are between 0 and ``steps``.
+    """``lengths`` of a call as int64, (B,), with numbers between 0 and ``steps``; on the CPU if the input is.
 
     Where they can be looked at without waiting for a GPU, wrong ones raise ValueError here. Elsewhere they fail when
     the GPU, or the compiled program, gets there (``torch._assert_async``).
@@ -69,6 +69,8 @@ def checked(lengths, input: Tensor, steps: int, shape: tuple[int, ...]) -> Tenso
     if lengths.is_meta and not input.is_meta:
         raise ValueError(f"lengths are on the device meta and hold no numbers; the input is on {input.device}")
     lengths = lengths.reshape(-1).long()
+    if input.device.type == "cpu":
+        lengths = lengths.cpu()
     if torch.compiler.is_compiling() or lengths.device.type not in ("cpu", "meta"):
         valid = ((lengths >= 0) & (lengths <= steps)).all()
         torch._assert_async(valid, f"lengths should be between 0 and the input's {steps} time steps")
@@ -89,12 +91,10 @@ def pack(lengths: Tensor, steps: int, batch: int) -> Packing | None:
         lengths = _unmapped(lengths)
         if lengths is None:
             return None
-        lengths = lengths.cpu()
         if type(lengths) is Tensor:
             order = lengths.argsort(descending=True, stable=True)
             running = time < lengths[order]
             return Packing((time * batch + order)[running], running.sum(1), order, steps * batch, None)
-    lengths = lengths.cpu()
     both, starts = torch.cat([lengths, steps - lengths]), torch.cat([torch.zeros_like(lengths), lengths])
     order = both.argsort(descending=True, stable=True)
     running = time < both[order]

@@ -223,7 +223,7 @@ class _Layer(nn.RNNBase):
         if packed and state and input.sorted_indices is not None:
             state = tuple(part.index_select(1, input.sorted_indices) for part in state)
         output, final, cells = self._run(
-            *(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets, None, return_cells)
+            backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets, None, return_cells
         )
         if packed:
             if input.unsorted_indices is not None:

@@ -132,7 +132,7 @@ def layer_forward_on(
     results = dispatch.kernels(backend).layer_forward(
         *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets, cells)
     )
-    return _fill(results if cells else results[:6], x)
+    return _fill(results, x)
 
 
 @torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
@@ -177,7 +177,8 @@ def layer_backward_on(
     _expect("d_output", d_output, rows, groups * state_size)
     _expect("d_h_n", d_h_n, groups, batch, state_size)
     _expect("d_c_n", d_c_n, groups, batch, size)
-    _expect("d_cells", d_cells, rows, groups * size)
+    if d_cells is not None:
+        _expect("d_cells", d_cells, rows, groups * size)
     _expect_packing(batch_sizes, rows, batch)
     _expect_resets(resets, rows, groups)
     if examples < 1 or rows % examples or groups % sources:

@@ -481,7 +481,7 @@ def layer_forward(
     resets: Tensor | None = None,
     cells: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None; without ``cells`` there are six."""
     dtype, rows = x.dtype, x.shape[0]
     compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
 
@@ -517,11 +517,14 @@ def layer_forward(
             field.RESETS: resets,
             **{field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output},
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
-            field.CELLS: cells,
             field.HIDDEN_2: hidden.clone() if plan.members > 1 else None,
         }
+        if cells is not None:
+            arrays[field.CELLS] = cells
         _run(plan, sizes, arrays)
-    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, cells)
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
+    if cells is not None:
+        results += (cells,)
     return _converted(results, dtype)
 
 
@@ -555,8 +558,8 @@ def layer_backward(
     x, weight_ih, weight_hh, weight_hr = (
         _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
-    gates, hidden_prev, cell_prev, d_output, d_cells = (
-        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output, d_cells)
+    gates, hidden_prev, cell_prev, d_output = (
+        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output)
     )
     directions, gate_size, state_size = weight_hh.shape
     size = gate_size // LAYOUTS[cell].gates
@@ -593,12 +596,13 @@ def layer_backward(
             **{field.X: x, field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
             **{field.D_OUTPUT: d_output, field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
-            field.D_CELLS: d_cells,
             **{field.DGATES: dgates, field.D_PROJECTED: d_projected, field.UNPROJECTED: unprojected},
             **{field.DX: dx, field.D_WEIGHT_IH: d_weight_ih, field.D_WEIGHT_HH: d_weight_hh},
             **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
             **{field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()},
         }
+        if d_cells is not None:
+            arrays[field.D_CELLS] = d_cells = _prepared(d_cells, compute)
         _run(_plan(sizes, batch_sizes), sizes, arrays)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
     return _converted(results, dtype)

@@ -199,7 +199,7 @@ def layer_forward(
     resets: Tensor | None = None,
     cells: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None; without ``cells`` there are six."""
     rows, dtype, device = x.shape[0], x.dtype, x.device
     groups, batch, size = h0.shape
     accumulator = _accumulator(dtype)
@@ -228,7 +228,7 @@ def layer_forward(
         with _on(device):
             options = {"WITH_RESETS": resets is not None, "WITH_CELLS": cells is not None}
             scan.launch(forward_scan, tensors, steps, SAVE=save, **options)
-    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, cells)
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, *(() if cells is None else (cells,)))
     return tuple(None if result is None else result.to(dtype) for result in results)
 
 

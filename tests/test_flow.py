@@ -77,6 +77,13 @@ def test_layouts_states_and_packed_input():
     torch.testing.assert_close(torch.stack(alone).norm(dim=0), norms, rtol=0, atol=FLOAT64_AGREEMENT)
     packed = random_packed(BATCH, STEPS, FEATURES, torch.float64, 0)
     assert fastrnn.gradient_flow(layer, packed).norms.shape == (2, STEPS)
+    lengths = torch.tensor([4, 2, 0, 5, 1])
+    norms = fastrnn.gradient_flow(layer, input, lengths=lengths).norms
+    packed = fastrnn.gradient_flow(
+        layer, nn.utils.rnn.pack_padded_sequence(input, lengths.clamp(min=1), enforce_sorted=False)
+    )
+    assert norms[:, 5:].max() == 0 < norms[:, :5].min()
+    torch.testing.assert_close(norms[:, 1:5], packed.norms[:, 1:], rtol=0, atol=FLOAT64_AGREEMENT)
     resets = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     resets[3] = True
     norms = fastrnn.gradient_flow(layer, input, resets=resets).norms

@@ -158,7 +158,7 @@ def test_extremes_layouts_and_checkpoints(name, backend):
 @layers
 def test_derivatives_and_transforms(name, backend):
     ours, _, input, _ = draw(name, bidirectional=True)
-    small, lengths = input.detach()[:4, :3], torch.tensor([2, 0, 4])
+    small, lengths = input.detach()[:4, :3], torch.tensor([2, 0, 3])  # the last step is nobody's
 
     def output_of(x):
         return ours(x, lengths=lengths)[0]
