@@ -294,7 +294,7 @@ class _Layer(nn.RNNBase):
     def _resets_of_rows(self, input, resets, lengths=None) -> Tensor:
         """``resets`` of a call as (rows, D): whether a direction's state is zero before its step of a row."""
         if isinstance(input, PackedSequence):
-            raise ValueError("resets go with a tensor, got a PackedSequence: pad it, or pack one sequence per episode")
+            raise ValueError("resets go with a tensor, got a PackedSequence: pad it and pass lengths=")
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets should be a tensor of torch.bool, got {got}: try resets.bool()")
