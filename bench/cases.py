@@ -1,6 +1,7 @@
 """A workload made ready to run: fastrnn's module, torch's with the same weights, and their input."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +22,18 @@ CHECKED_STEPS = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a module is called with; hx only for a single step, the output's gradient only for training."""
+    """What a module is called with; hx only for a single step, the output's gradient only for training.
+
+    resets, (T, B): the steps that begin an episode. torch's layer cannot do that and is timed without them.
+    """
 
     input: Tensor | PackedSequence
     hx: State = None
     grad_output: Tensor | None = None
+    resets: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(cast(self.input, dtype), cast(self.hx, dtype), cast(self.grad_output, dtype))
+        return Inputs(cast(self.input, dtype), cast(self.hx, dtype), cast(self.grad_output, dtype), self.resets)
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -48,9 +53,24 @@ class Case:
 
     def callable(self) -> Callable[[], Any]:
         """One call of the workload: what is timed. It returns what it computed, nested as torch does."""
-        return {"train": self._training, "infer": self._inference, "step": self._stepping}[self.mode]()
+        return self._call_of(self._with_resets() if self._is_ours else self.module)
 
-    def _training(self) -> Callable[[], Any]:
+    @property
+    def _is_ours(self) -> bool:
+        return isinstance(self.module, fastrnn.RNN | fastrnn.GRU | fastrnn.LSTM)
+
+    def _with_resets(self) -> Callable[..., Any]:
+        """The module with the workload's resets: fastrnn's in one call, torch's step by step."""
+        if self.inputs.resets is None:
+            return self.module
+        if self._is_ours:
+            return functools.partial(self.module, resets=self.inputs.resets)
+        return functools.partial(step_by_step, self.module, self.inputs.resets)
+
+    def _call_of(self, layer: Callable[..., Any]) -> Callable[[], Any]:
+        return {"train": self._training, "infer": self._inference, "step": self._stepping}[self.mode](layer)
+
+    def _training(self, layer) -> Callable[[], Any]:
         input, grad_output = self.inputs.input, self.inputs.grad_output
         if isinstance(input, PackedSequence):
             leaf = input.data.detach().requires_grad_()
@@ -60,16 +80,16 @@ class Case:
         leaves = [leaf, *self.module.parameters()]
 
         def call():
-            output, state = self.module(input)
+            output, state = layer(input)
             data = output.data if isinstance(output, PackedSequence) else output
             return data, state, torch.autograd.grad(data, leaves, grad_output)
 
         return call
 
-    def _inference(self) -> Callable[[], Any]:
-        return lambda: self.module(self.inputs.input)
+    def _inference(self, layer) -> Callable[[], Any]:
+        return lambda: layer(self.inputs.input)
 
-    def _stepping(self) -> Callable[[], Any]:
+    def _stepping(self, layer) -> Callable[[], Any]:
         if stream := self._stream():
             x = self.inputs.input[0]
             return lambda: stream.step(x)
@@ -77,14 +97,14 @@ class Case:
 
         def call():
             nonlocal state
-            output, state = self.module(self.inputs.input, state)
+            output, state = layer(self.inputs.input, state)
             return output, state
 
         return call
 
     def _stream(self) -> fastrnn.Stream | None:
         """What runs single steps: of fastrnn's module of one direction a stream, with the given state."""
-        if not isinstance(self.module, fastrnn.RNN | fastrnn.GRU | fastrnn.LSTM) or self.module.bidirectional:
+        if not self._is_ours or self.module.bidirectional:
             return None
         stream = fastrnn.Stream(self.module, self.inputs.input.shape[1])
         stream.state = self.inputs.hx
@@ -93,7 +113,7 @@ class Case:
     def _runs(self) -> list[Any]:
         """The results of one call, nested as torch does; of a single step of several, whose state goes on."""
         if self.mode != "step":
-            return [self.callable()()]
+            return [self._call_of(self._with_resets())()]
         if stream := self._stream():
             return [(stream.step(self.inputs.input[0])[None], stream.state) for _ in range(CHECKED_STEPS)]
         call = self.callable()
@@ -115,6 +135,20 @@ class Case:
     def in_dtype(self, dtype: torch.dtype) -> "Case":
         """The same numbers in another dtype, the module copied."""
         return replace(self, module=copy.deepcopy(self.module).to(dtype), inputs=self.inputs.to(dtype))
+
+
+def step_by_step(layer: nn.RNNBase, resets: Tensor, input: Tensor) -> tuple[Tensor, State]:
+    """torch's layer of one direction, called for a step at a time, its state multiplied by 1 - resets before each."""
+    kept = (~resets).to(input.dtype)[:, :, None]
+    sizes = (layer.hidden_size,) * (2 if layer.mode == "LSTM" else 1)
+    state = tuple(input.new_zeros(layer.num_layers, input.shape[1], size) for size in sizes)
+    outputs = []
+    for x, keep in zip(input.split(1), kept, strict=True):
+        state = tuple(part * keep for part in state)
+        output, state = layer(x, state if layer.mode == "LSTM" else state[0])
+        state = state if layer.mode == "LSTM" else (state,)
+        outputs.append(output)
+    return torch.cat(outputs), state if layer.mode == "LSTM" else state[0]
 
 
 def stepping_cell(layer: nn.RNNBase, inputs: Inputs) -> Callable[[], Any]:
@@ -181,7 +215,7 @@ def draw_inputs(workload: Workload, dtype: torch.dtype, device: torch.device) ->
     """Normal inputs, states and gradients from torch's seeded generator.
 
     input: (T, B, input), or packed where the workload has padding; hx: (layers · directions, B, hidden);
-    grad_output: as the output's data.
+    grad_output: as the output's data; resets: (T, B), as many as the workload says.
     """
 
     def draw(*shape: int) -> Tensor:
@@ -197,4 +231,7 @@ def draw_inputs(workload: Workload, dtype: torch.dtype, device: torch.device) ->
     elif workload.mode == "train":
         leading = input.data.shape[:-1]
         grad_output = draw(*leading, workload.directions * workload.hidden)
-    return Inputs(input, hx, grad_output)
+    resets = None
+    if workload.resets:
+        resets = (torch.rand(workload.time, workload.batch) < workload.resets).to(device)
+    return Inputs(input, hx, grad_output, resets)

@@ -8,9 +8,15 @@ import fastrnn
 from .results import Result
 from .workloads import MODES
 
+
+def mark(note: str) -> str:
+    """A sign behind a workload's name, explained below the table."""
+    return "*" * ("not applied" in note) + "°" * ("without resets" in note)
+
+
 # Header, alignment and how a cell is written.
 COLUMNS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
-    ("workload", "<", lambda row: row.workload + ("*" if "not applied" in row.note else "")),
+    ("workload", "<", lambda row: row.workload + mark(row.note)),
     ("cell", "<", lambda row: row.cell),
     ("mode", "<", lambda row: row.mode),
     ("dtype", "<", lambda row: row.dtype),
@@ -40,7 +46,9 @@ def table(rows: Sequence[Result]) -> str:
     overall = geometric_mean([row.ratio for row in rows])
     text.append(f"\nratio = time of torch.nn / time of fastrnn; geometric mean {overall:.2f}× ({', '.join(means)})")
     if any("not applied" in row.note for row in rows):
-        text.append("* without its resets or layer_norm, on both sides: torch.nn has none")
+        text.append("* without its layer_norm, on both sides: torch.nn has none")
+    if any("without resets" in row.note for row in rows):
+        text.append("° with its resets; torch's layer, which knows none, without")
     if any("noisy" in row.note for row in rows):
         text.append("~ noisy: other processes took the cores meanwhile; measure again on a quiet machine")
     return "\n".join(text)

@@ -3,9 +3,10 @@
 length: the time of a step and row for short and long sequences, and for packed ones. memory: the peak of a training
 step, fastrnn's and torch.nn's, each in a process of its own (Linux). parts: the forward pass, the backward time loop
 and the products after it, one by one. resets: training with 1% of the steps reset, beside the same without, torch's
-layer without, and a loop over torch's LSTMCell. checkpoint: training that keeps the state every so many steps. packing:
-what a call costs beside its time steps, mostly the packing of weights. reading: batch 1, the rate at which the weights
-of the recurrence are read.
+layer without, and a loop over torch's LSTMCell. padding: training on a batch of which 30% is padding, by lengths and
+packed, beside torch's packed call. checkpoint: training that keeps the state every so many steps. packing: what a call
+costs beside its time steps, mostly the packing of weights. reading: batch 1, the rate at which the weights of the
+recurrence are read.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import ops
@@ -31,6 +32,7 @@ MEMORY_SIZES = (("LSTM", 128, 256, 100), ("GRU", 128, 256, 100), ("RNN", 128, 25
 PARTS_SIZES = (("LSTM", 128, 32), ("LSTM", 32, 64), ("LSTM", 32, 128), ("LSTM", 32, 256), ("GRU", 128, 128))
 PARTS_STEPS = 64
 RESETS_SIZES = ((256, 128, 64), (8, 256, 128), (32, 64, 128))
+PADDING_SIZES = (("LSTM", 32, 256, 200), ("LSTM", 32, 64, 100), ("GRU", 32, 256, 200), ("RNN", 32, 128, 100))
 CHECKPOINT_SIZES = ((32, 128, 1000), (1, 64, 20_000), (16, 512, 200))
 PACKING_SIZES = (("LSTM", 32, 128), ("LSTM", 256, 128), ("LSTM", 32, 512), ("GRU", 32, 512), ("LSTM", 32, 1024))
 READING_SIZES = (("LSTM", 512), ("GRU", 1024), ("LSTM", 1024))
@@ -118,7 +120,7 @@ def parts() -> None:
         cell_state = state if CELLS[name].has_cell_state else None
         x = torch.randn(rows, 1, hidden)
         forward = ("numba", name, x, *weights, None, state, cell_state, None, [0], True)
-        output, _, _, gates, hidden_prev, cell_prev = ops.layer_forward(*forward)
+        output, _, _, gates, hidden_prev, cell_prev, _ = ops.layer_forward(*forward)
         reserve = (gates, hidden_prev, cell_prev if cell_state is not None else None)
 
         def backward(*needs: bool):
@@ -188,6 +190,33 @@ def resets() -> None:
         print(f"B {batch} H {hidden} T {steps}: " + ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items()))
 
 
+def padding() -> None:
+    threads = torch.get_num_threads()
+    print(f"milliseconds of a training step, 30% of the batch padding, {threads} threads; of (T, B) tensors throughout")
+    for cell, batch, hidden, steps in PADDING_SIZES:
+        ours, theirs = getattr(fastrnn, cell)(hidden, hidden), getattr(torch.nn, cell)(hidden, hidden)
+        input, gradient = torch.randn(steps, batch, hidden), torch.ones(steps, batch, hidden)
+        lengths = torch.linspace(steps, 0.4 * steps, batch).long()[torch.randperm(batch)]
+
+        def packed(module):
+            output, _ = module(pack_padded_sequence(input, lengths, enforce_sorted=False))  # noqa: B023
+            return pad_packed_sequence(output)[0]
+
+        def training(module, run):
+            return lambda: torch.autograd.grad(run(), list(module.parameters()), gradient)  # noqa: B023
+
+        times = alternating(
+            {
+                "fastrnn, lengths": training(ours, lambda: ours(input, lengths=lengths)[0]),  # noqa: B023
+                "fastrnn, packed": training(ours, lambda: packed(ours)),  # noqa: B023
+                "fastrnn, padding as steps": training(ours, lambda: ours(input)[0]),  # noqa: B023
+                f"torch.nn.{cell}, packed": training(theirs, lambda: packed(theirs)),  # noqa: B023
+            }
+        )
+        named = ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items())
+        print(f"{cell} B {batch} H {hidden} T {steps}: {named}")
+
+
 def checkpoint() -> None:
     print(f"milliseconds of a training step, LSTM, {torch.get_num_threads()} threads, by steps between kept states")
     for batch, hidden, steps in CHECKPOINT_SIZES:
@@ -225,7 +254,9 @@ def reading() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    studies = {study.__name__: study for study in (length, memory, parts, resets, checkpoint, packing, reading)}
+    studies = {
+        study.__name__: study for study in (length, memory, parts, resets, padding, checkpoint, packing, reading)
+    }
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=studies)
     studies[parser.parse_args(arguments).study]()

@@ -90,8 +90,7 @@ def compile_kernel(kernel: Kernel) -> Resources:
         **{
             "PACKED": False,
             "SAVE": True,
-            "WITH_D_OUTPUT": True,
-            "WITH_RESETS": False,
+            **{"WITH_D_OUTPUT": True, "WITH_RESETS": False, "WITH_CELLS": False, "WITH_D_CELLS": False},
             "PRECISION": "tf32" if tf32 else "ieee",
         },
         "EXACT": kernel.dtype in (torch.float32, torch.float64),

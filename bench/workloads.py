@@ -39,6 +39,8 @@ class Workload:
                 f"workload {self.name!r}: cell must be one of {', '.join(GATES)}, mode one of"
                 f" {', '.join(MODES)} and variable in [0, 0.5), got {self.cell!r}, {self.mode!r} and {self.variable}"
             )
+        if self.resets and (self.bidirectional or self.variable or self.mode == "step"):
+            raise ValueError(f"workload {self.name!r}: resets go with sequences of one length and one direction")
 
     @property
     def directions(self) -> int:
@@ -79,8 +81,8 @@ class Workload:
 
     @property
     def left_out(self) -> list[str]:
-        """What the project has that neither side runs here, for torch.nn has no such thing."""
-        return [f"{name} not applied" for name in ("resets", "layer_norm") if getattr(self, name)]
+        """What the project has that one side or none runs here, for torch.nn has no such thing."""
+        return ["torch without resets"] * bool(self.resets) + ["layer_norm not applied"] * self.layer_norm
 
 
 def load(path: Path = WORKLOADS_FILE) -> list[Workload]:

@@ -39,6 +39,8 @@ class _Config(NamedTuple):
     examples: int = 1
     # Which of the inputs need a gradient, in the order of _Inputs.
     needs: tuple[bool, ...] = ()
+    # Whether the cell state after every step is a result as well.
+    cells: bool = False
 
 
 class _Inputs(NamedTuple):
@@ -77,14 +79,19 @@ def _scan(
 ) -> tuple[Tensor, ...]:
     if is_plain(inputs):
         with torch.no_grad():
-            return ops.layer_forward_on(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets)
+            return ops.layer_forward_on(
+                config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets, config.cells
+            )
     # past the operator's own derivative, which would cost 10 µs and do nothing here
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.layer_forward(config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets)
+        results = ops.layer_forward(
+            config.backend, config.cell, *inputs, batch_sizes, config.reverse, save, resets, config.cells
+        )
+        return results if config.cells else results[:6]
 
 
 def _scan_backward(
-    config, batch_sizes, resets, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, inputs, overwrite=False
+    config, batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, gates, hidden_prev, cell_prev, inputs, overwrite=False
 ):
     """Gradients of the inputs, in the order of _Inputs; those of weights and biases per example: (examples, ...).
 
@@ -95,7 +102,8 @@ def _scan_backward(
     needs = [needed and given for needed, given in zip(config.needs, there, strict=False)]
     arguments = (
         *(config.backend, config.cell, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev),
-        *(x, weight_ih, weight_hh, weight_hr, h0.shape[1], batch_sizes, config.reverse, config.examples, needs, resets),
+        *(x, weight_ih, weight_hh, weight_hr, h0.shape[1], batch_sizes, config.reverse, config.examples, needs),
+        *(resets, d_cells),
     )
     if overwrite:
         *gradients, dh0, dc0 = ops.layer_backward_on(*arguments, overwrite=True)
@@ -106,7 +114,7 @@ def _scan_backward(
 
 
 class Scan(Function):
-    """(config, batch_sizes, resets, *inputs) -> output, h_n, c_n and the reserve: gates, hidden_prev, cell_prev."""
+    """(config, batch_sizes, resets, *inputs) -> output, h_n, c_n, the reserve: gates, hidden_prev, cell_prev; cells."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, resets, *inputs):
@@ -117,7 +125,7 @@ class Scan(Function):
     @staticmethod
     def keep(ctx, inputs, output):
         config, batch_sizes, resets, *tensors = inputs
-        _, _, c_n, *reserve = output
+        c_n, reserve = output[2], output[3:6]
         ctx.config = config
         ctx.set_materialize_grads(False)
         has_cell_state = CELLS[config.cell].has_cell_state
@@ -125,8 +133,9 @@ class Scan(Function):
         ctx.save_for_backward(batch_sizes, resets, *reserve, *tensors)
 
     @staticmethod
-    def backward(ctx, d_output, d_h_n, d_c_n, *_):
-        return (None, None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
+    def backward(ctx, d_output, d_h_n, d_c_n, *others):
+        d_cells = others[3] if ctx.config.cells else None
+        return (None, None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells))
 
 
 def _are_plain(cotangents) -> bool:
@@ -142,15 +151,15 @@ def _is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
     return not keeps and is_plain((gates,)) and _are_plain(cotangents)
 
 
-def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
+def _layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells):
     """The gradients of a layer's inputs from what ``Scan`` saved, in the cheapest way that the moment allows."""
     batch_sizes, resets, gates, hidden_prev, cell_prev, *inputs = ctx.saved_tensors
-    if d_output is None and d_h_n is None and d_c_n is None:
+    if d_output is None and d_h_n is None and d_c_n is None and d_cells is None:
         return [None] * len(inputs)
     config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[3:]))
     if not CELLS[config.cell].has_cell_state:
         cell_prev = None
-    arguments = (d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev)
+    arguments = (d_output, d_h_n, d_c_n, d_cells, gates, hidden_prev, cell_prev)
     grouped = inputs[0].dim() == 3
     inputs = _grouped(_Inputs(*inputs))
     if torch._C._are_functorch_transforms_active():
@@ -158,7 +167,7 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, resets, *arguments, *inputs)
     else:
-        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n)
+        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or _are_plain((d_cells,)))
         gradients = _scan_backward(config, batch_sizes, resets, *arguments, inputs, last_use)
     return _as_given(_of_the_only_example(gradients), grouped)
 
@@ -219,7 +228,7 @@ def _directions(config: _Config, inputs: _Inputs) -> list[tuple[slice, _Config, 
 
 
 class ScanCheckpointed(Function):
-    """(config, batch_sizes, resets, steps, *inputs) -> output, h_n, c_n; keeps the state every ``steps`` time steps."""
+    """(config, batch_sizes, resets, steps, *inputs) -> output, h_n, c_n, cells; keeps a state every ``steps`` steps."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, resets, steps, *inputs):
@@ -228,6 +237,8 @@ class ScanCheckpointed(Function):
         pieces = _pieces(rows, batch, batch_sizes, steps)
         output = grouped.x.new_empty(rows, groups * state_size)
         by_group = output.view(rows, groups, state_size)
+        cells = grouped.c0.new_empty(rows, groups * grouped.c0.shape[2]) if config.cells else None
+        cells_by_group = cells if cells is None else cells.view(rows, groups, -1)
         kept, finals = [], []
         for which, part, own in _directions(config, grouped):
             states = [None] * len(pieces)
@@ -237,9 +248,12 @@ class ScanCheckpointed(Function):
                 states[number] = h, c
                 here = own._replace(x=own.x[piece.begin : piece.end], h0=h, c0=c)
                 own_resets = None if resets is None else resets[piece.begin : piece.end, which]
-                result, h, new_c, *_ = _scan(part, piece.batch_sizes, own_resets, here, save=False)
+                result, h, new_c, _, _, _, *new_cells = _scan(part, piece.batch_sizes, own_resets, here, save=False)
                 c = None if c is None else new_c
                 by_group[piece.begin : piece.end, which] = result.view(-1, len(part.reverse), state_size)
+                if cells is not None:
+                    target = cells_by_group[piece.begin : piece.end, which]
+                    target.copy_(new_cells[0].view(target.shape))
             kept += [tensor for state in states for tensor in state if tensor is not None]
             finals.append((h, c))
         ctx.config, ctx.steps = config, steps
@@ -249,23 +263,24 @@ class ScanCheckpointed(Function):
         if c_n is None:
             c_n = h_n.new_empty(0)
             ctx.mark_non_differentiable(c_n)
-        return output, h_n, c_n
+        return (output, h_n, c_n) if cells is None else (output, h_n, c_n, cells)
 
     @staticmethod
-    def backward(ctx, d_output, d_h_n, d_c_n):
+    def backward(ctx, d_output, d_h_n, d_c_n, d_cells=None):
         batch_sizes, resets, *inputs = ctx.saved_tensors
         count = len(_Inputs._fields)
         inputs, kept = _Inputs(*inputs[:count]), inputs[count:]
         grouped = _grouped(inputs)
         config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[4:]))
-        if d_output is None and d_h_n is None and d_c_n is None:
+        cotangents = d_output, d_h_n, d_c_n, d_cells
+        if all(cotangent is None for cotangent in cotangents):
             gradients = [None] * count
-        elif torch.is_grad_enabled() or not _are_plain((d_output, d_h_n, d_c_n)):
+        elif torch.is_grad_enabled() or not _are_plain(cotangents):
             # a graph of this pass is asked for, or it is mapped: that needs the whole reserve
             with torch.no_grad():
-                _, _, _, gates, hidden_prev, cell_prev = _scan(config, batch_sizes, resets, grouped, save=True)
+                gates, hidden_prev, cell_prev = _scan(config, batch_sizes, resets, grouped, save=True)[3:6]
             reserve = gates, hidden_prev, None if grouped.c0 is None else cell_prev
-            arguments = config, batch_sizes, resets, d_output, d_h_n, d_c_n, *reserve
+            arguments = config, batch_sizes, resets, *cotangents, *reserve
             if torch._C._are_functorch_transforms_active():
                 gradients = ScanBackwardTransformed.apply(*arguments, *grouped)
             elif torch.is_grad_enabled():
@@ -274,16 +289,17 @@ class ScanCheckpointed(Function):
                 gradients = _scan_backward(*arguments, grouped)
             gradients = _of_the_only_example(gradients)
         else:
-            cotangents = d_output, d_h_n, d_c_n
             gradients = _gradients_by_pieces(config, batch_sizes, resets, ctx.steps, *cotangents, grouped, kept)
         return None, None, None, None, *_as_given(gradients, inputs.x.dim() == 3)
 
 
-def _gradients_by_pieces(config, batch_sizes, resets, steps, d_output, d_h_n, d_c_n, inputs: _Inputs, kept):
+def _gradients_by_pieces(config, batch_sizes, resets, steps, d_output, d_h_n, d_c_n, d_cells, inputs: _Inputs, kept):
     """Gradients of the inputs: each piece once more from the state kept before it, from the last to the first."""
     rows, (groups, batch, state_size) = inputs.x.shape[0], inputs.h0.shape
     pieces = _pieces(rows, batch, batch_sizes, steps)
+    config = config._replace(cells=False)
     d_output = None if d_output is None else d_output.view(rows, groups, state_size)
+    d_cells = None if d_cells is None else d_cells.view(rows, groups, -1)
     dx = torch.zeros_like(inputs.x) if config.needs[0] else None
     kept = iter(kept)
     by_part = []
@@ -297,9 +313,12 @@ def _gradients_by_pieces(config, batch_sizes, resets, steps, d_output, d_h_n, d_
             here = own._replace(x=own.x[begin:end], h0=h, c0=c)
             own_resets = None if resets is None else resets[begin:end, which]
             *_, gates, hidden_prev, cell_prev = _scan(part, sizes, own_resets, here, save=True)
-            d_piece = None if d_output is None else d_output[begin:end, which].flatten(1)
+            d_piece, d_piece_cells = (
+                None if d is None else d[begin:end, which].flatten(1) for d in (d_output, d_cells)
+            )
             reserve = gates, hidden_prev, None if c is None else cell_prev
-            gradients = _scan_backward(part, sizes, own_resets, d_piece, dh, dc, *reserve, here, overwrite=True)
+            cotangents = d_piece, dh, dc, d_piece_cells
+            gradients = _scan_backward(part, sizes, own_resets, *cotangents, *reserve, here, overwrite=True)
             d_piece, *d_weights, dh, dc = _of_the_only_example(gradients)
             if dx is not None:
                 dx[begin:end, which if dx.shape[1] == groups else slice(None)] += d_piece
@@ -312,26 +331,26 @@ def _gradients_by_pieces(config, batch_sizes, resets, steps, d_output, d_h_n, d_
 
 
 class ScanBackward(Function):
-    """(config, batch_sizes, resets, d_output, d_h_n, d_c_n, *reserve, *inputs) -> gradients of the inputs."""
+    """(config, batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, *reserve, *inputs) -> gradients of the inputs."""
 
     @staticmethod
     def forward(ctx, config, batch_sizes, resets, *tensors):
-        results = _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:6], _Inputs(*tensors[6:])))
+        results = _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:7], _Inputs(*tensors[7:])))
         ScanBackward.keep(ctx, (config, batch_sizes, resets, *tensors), results)
         return results
 
     @staticmethod
     def keep(ctx, inputs, output):
-        config, batch_sizes, resets, d_output, d_h_n, d_c_n, _, _, _, *tensors = inputs
+        config, batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, _, _, _, *tensors = inputs
         ctx.config = config
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, resets, d_output, d_h_n, d_c_n, *tensors)
+        ctx.save_for_backward(batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, *tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
         batch_sizes, resets, *tensors = ctx.saved_tensors
         gradients = _second_derivative(ctx.config, batch_sizes, resets, tensors, cotangents)
-        return (None, None, None, *gradients[:3], None, None, None, *gradients[3:])
+        return (None, None, None, *gradients[:4], None, None, None, *gradients[4:])
 
 
 def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -361,11 +380,11 @@ def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: di
 def _second_derivative(
     config: _Config, batch_sizes: Tensor | None, resets: Tensor | None, tensors, cotangents
 ) -> list[Tensor | None]:
-    """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, *inputs).
+    """The vector-Jacobian product of ``ScanBackward`` for tensors = (d_output, d_h_n, d_c_n, d_cells, *inputs).
 
     ``ScanBackward`` is itself the vector-Jacobian product of ``reference.layer``: two nested ones give the second.
     """
-    names = ("output", "h_n", "c_n", *_Inputs._fields)
+    names = (*_RESULTS, *_Inputs._fields)
     given = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
     wanted = {name: u for name, u in zip(_Inputs._fields, cotangents, strict=True) if u is not None}
     if not wanted:
@@ -373,13 +392,13 @@ def _second_derivative(
     sizes = None if batch_sizes is None else batch_sizes // config.examples
 
     def first_derivative(given: dict[str, Tensor], resets: Tensor | None) -> dict[str, Tensor]:
-        d_results = {name: given[name] for name in ("output", "h_n", "c_n") if name in given}
+        d_results = {name: given[name] for name in _RESULTS if name in given}
         inputs = {name: given[name] for name in _Inputs._fields if name in given}
 
         def forward(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             arguments = [inputs.get(name) for name in _Inputs._fields]
             results = reference.layer(config.cell, *arguments, sizes, config.reverse, resets)
-            results = dict(zip(("output", "h_n", "c_n"), results, strict=True))
+            results = dict(zip(_RESULTS, results, strict=True))
             return {name: results[name] for name in d_results}
 
         gradients = _vector_jacobian_product(forward, inputs, d_results)
@@ -406,6 +425,9 @@ def _second_derivative(
     gradients = _vector_jacobian_product(per_example, given, wanted)
     return [gradients.get(name) for name in names]
 
+
+# Of a layer, with what has a gradient.
+_RESULTS = ("output", "h_n", "c_n", "cells")
 
 # Gradients of these are kept apart for every example; all other tensors hold the examples in their batch.
 _PER_EXAMPLE = ("weight_ih", "bias_ih", "weight_hh", "bias_hh", "weight_hr")
@@ -494,7 +516,7 @@ class ScanTransformed(Scan):
 
     @staticmethod
     def vmap(info, in_dims, config, batch_sizes, resets, *inputs):
-        results = ("output", "h_n", "c_n", *_RESERVE)
+        results = ("output", "h_n", "c_n", *_RESERVE, *(("cells",) if config.cells else ()))
         return _mapped(ScanTransformed, info, in_dims, config, batch_sizes, resets, _Inputs._fields, inputs, results)
 
 
@@ -505,36 +527,39 @@ class ScanBackwardTransformed(ScanBackward):
 
     @staticmethod
     def forward(config, batch_sizes, resets, *tensors):
-        return _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:6], _Inputs(*tensors[6:])))
+        return _without_views(_scan_backward(config, batch_sizes, resets, *tensors[:7], _Inputs(*tensors[7:])))
 
     @staticmethod
     def vmap(info, in_dims, config, batch_sizes, resets, *tensors):
-        names = ("output", "h_n", "c_n", *_RESERVE, *_Inputs._fields)
+        names = (*_RESULTS, *_RESERVE, *_Inputs._fields)
         results = [f"d_{name}" for name in _Inputs._fields]
         return _mapped(ScanBackwardTransformed, info, in_dims, config, batch_sizes, resets, names, tensors, results)
 
 
 def _keep_for_operator(ctx, inputs, output):
-    backend, cell, *tensors, reverse, _, resets = inputs
-    ctx.config = (backend, cell, reverse)
+    backend, cell, *tensors, reverse, _, resets, cells = inputs
+    ctx.config = (backend, cell, reverse, cells)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, resets)
 
 
 @once_differentiable
-def _operator_gradients(ctx, d_output, d_h_n, d_c_n, *_):
+def _operator_gradients(ctx, d_output, d_h_n, d_c_n, _gates, _hidden_prev, _cell_prev, d_cells):
     """The derivative of the operator called by itself, as programs from ``torch.export`` and ``torch.jit.trace`` do."""
-    backend, cell, reverse = ctx.config
+    backend, cell, reverse, cells = ctx.config
     *inputs, batch_sizes, resets = ctx.saved_tensors
     # such a program was recorded without saving anything: run the loop once more
-    *_, gates, hidden_prev, cell_prev = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True, resets)
+    results = ops.layer_forward(backend, cell, *inputs, batch_sizes, reverse, True, resets)
+    gates, hidden_prev, cell_prev = results[3:6]
     if inputs[-1] is None:
         d_c_n = cell_prev = None
+    if not cells:
+        d_cells = None
     config = _Config(backend, cell, reverse, needs=tuple(ctx.needs_input_grad[2:10]))
     gradients = _scan_backward(
-        config, batch_sizes, resets, d_output, d_h_n, d_c_n, gates, hidden_prev, cell_prev, _Inputs(*inputs)
+        config, batch_sizes, resets, d_output, d_h_n, d_c_n, d_cells, gates, hidden_prev, cell_prev, _Inputs(*inputs)
     )
-    return None, None, *_of_the_only_example(gradients), None, None, None, None
+    return None, None, *_of_the_only_example(gradients), None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -563,6 +588,8 @@ def layer(
     reverse: list[int],
     checkpoint: int | None = None,
     resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -580,10 +607,14 @@ def layer(
         reverse: for every group 1 if it walks back in time, else 0.
         checkpoint: keep the state every so many time steps, and compute again what lies between; None keeps all.
             Where a transform, a tracer or torch.compile looks on, all is kept.
-        resets: (rows, D) bool, for a dense input: whether the state of a group is zero before the step of a row.
+        resets: (rows, D) bool: whether the state of a group is zero before the step of a row.
+        lengths: (B,) int64 on x's device, for a dense input and the backend "reference" only: a sequence's state stays
+            as it is past its length, and its output is zero there. Kernels take such a batch packed.
+        cells: whether the LSTM's cell state after every step is wanted as well.
 
     Returns:
-        output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
+        output (rows, D*H'), h_n like h0, for the LSTM c_n like c0, and with ``cells`` the cell states (rows, D*H).
+        All of x's dtype.
     """
     inputs = _Inputs(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
     if checkpoint is not None and checkpoint < 1:
@@ -591,9 +622,11 @@ def layer(
     transformed = torch._C._are_functorch_transforms_active()
     # torch.autograd.Function has no forward mode that Dynamo takes as well: plain torch operations serve it
     if backend == "reference" or torch.autograd.forward_ad._current_level >= 0 or (transformed and _is_in_jvp()):
-        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets)
-        return results if results[2] is not None else results[:2]
+        results = reference.layer(cell, *_grouped(inputs), batch_sizes, reverse, resets, lengths)
+        return results[: 2 if results[2] is None else 4 if cells else 3]
     config = _Config(backend, cell, tuple(reverse))
+    if cells:
+        config = config._replace(cells=True)
     if transformed:
         results = ScanTransformed.apply(config, batch_sizes, resets, *_grouped(inputs))
     elif (
@@ -606,11 +639,13 @@ def layer(
             if x.dtype in (torch.bfloat16, torch.float16):
                 # the state between two pieces would be rounded: a layer keeps it in float32 from step to step
                 wide = [None if tensor is None else tensor.float() for tensor in inputs]
-                results = layer(backend, cell, *wide, batch_sizes, reverse, checkpoint, resets)
+                results = layer(backend, cell, *wide, batch_sizes, reverse, checkpoint, resets, None, cells)
                 return tuple(result.to(x.dtype) for result in results)
             results = ScanCheckpointed.apply(config, batch_sizes, resets, checkpoint, *inputs)
         else:
             results = Scan.apply(config, batch_sizes, resets, *inputs)
     else:
         results = _scan(config, batch_sizes, resets, _grouped(inputs), save=False)
+    if cells:
+        return *results[:3], results[-1]
     return results[:3] if CELLS[cell].has_cell_state else results[:2]

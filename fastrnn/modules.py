@@ -17,6 +17,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from . import lengths as _lengths
 from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -78,10 +79,10 @@ def _state(hx: State | None, is_lstm: bool) -> tuple[Tensor, ...] | None:
     return None
 
 
-def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx, resets=None) -> torch.fx.Proxy:
+def _as_call_module(module: nn.Module, input: torch.fx.Proxy, hx, **more) -> torch.fx.Proxy:
     """A node for ``torch.fx.symbolic_trace``, which keeps only torch.nn's own modules whole by itself."""
     arguments = (input,) if hx is None else (input, hx)
-    more = {} if resets is None else {"resets": resets}
+    more = {name: value for name, value in more.items() if value is not None}
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, more)
 
 
@@ -170,7 +171,7 @@ class _Layer(nn.RNNBase):
             isinstance(weight, Tensor) and _fits(weight, input, autocast) for group in weights for weight in group
         )
 
-    def forward(self, input, hx=None, *, resets=None):
+    def forward(self, input, hx=None, *, resets=None, lengths=None, return_cells=False):
         """Run the layers over ``input``; arguments, results and errors as in torch.nn.
 
         Args:
@@ -181,45 +182,119 @@ class _Layer(nn.RNNBase):
             resets: (T, B) bool, laid out as the input: where True, the state of every layer is zero before that step,
                 and no gradient crosses. A new episode begins there: the reverse direction forgets between t and t - 1
                 as well. For tensors, not for a ``PackedSequence``.
+            lengths: (B,) of whole numbers from 0 to T, () for a single sequence, on any device: how many steps of each
+                sequence count. The result is that of ``pack_padded_sequence``, this call and ``pad_packed_sequence``:
+                the output is zero past the end, the final state that after the last step that counts (``hx`` if none
+                does), and the reverse direction starts there. On a GPU plain torch operations run it: no value is
+                waited for, but it is slower.
+            return_cells: for the LSTM, whether to return the last layer's cell state after every step as well.
 
         Raises:
-            ValueError, TypeError: resets of a wrong shape, dtype or device, or beside packed input.
+            TypeError: return_cells of an RNN or a GRU.
+            ValueError, TypeError: resets or lengths of a wrong shape, dtype or device, negative lengths or longer ones
+                than T, or one of the two beside packed input. Lengths on a GPU, or in a compiled program, are
+                checked when that gets there.
 
         Returns:
             output (T, B, D * H') of the last layer, laid out as the input, and the final state, laid out as ``hx``.
+            With ``return_cells`` also the cell states, (T, B, D * hidden_size), laid out as the output.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _as_call_module(self, input, hx, resets)
-        prepared = self._prepare(input, hx, resets is not None)
+            more = {"resets": resets, "lengths": lengths, "return_cells": return_cells or None}
+            return _as_call_module(self, input, hx, **more)
+        beyond_torch = resets is not None or lengths is not None or return_cells
+        if return_cells and self.mode != "LSTM":
+            kind = type(self).__name__
+            raise TypeError(f"return_cells is for the LSTM: {kind} has no cell state, its output holds every state")
+        prepared = self._prepare(input, hx, beyond_torch)
         if prepared is None:
             result = self._torch.forward(self, input, hx)
-            if resets is not None:
-                raise ValueError("resets need an input of torch.nn's ordinary form, with at least one element")
+            if beyond_torch:
+                names = "resets, lengths and return_cells"
+                raise ValueError(f"{names} need an input of torch.nn's ordinary form, with at least one element")
             return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
-        if resets is not None:
-            resets = self._resets_of_rows(input, resets)
         packed = isinstance(input, PackedSequence)
         unbatched = not packed and input.dim() == 2
+        if lengths is not None:
+            return self._forward_with_lengths(input, lengths, resets, return_cells, prepared, unbatched)
+        if resets is not None:
+            resets = self._resets_of_rows(input, resets)
         if packed and state and input.sorted_indices is not None:
             state = tuple(part.index_select(1, input.sorted_indices) for part in state)
-        output, final = self._run(backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets)
+        output, final, cells = self._run(
+            backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets, None, return_cells
+        )
         if packed:
             if input.unsorted_indices is not None:
                 final = tuple(part.index_select(1, input.unsorted_indices) for part in final)
             output = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        elif unbatched:
-            final = tuple(part.squeeze(1) for part in final)
-        elif self.batch_first:
-            output = output.view(-1, batch, output.shape[-1]).transpose(0, 1)
+            if return_cells:
+                return output, final, PackedSequence(cells, *output[1:])
         else:
-            output = output.view(-1, batch, output.shape[-1])
+            output = self._laid_out(output, batch, unbatched)
+            if unbatched:
+                final = tuple(part.squeeze(1) for part in final)
+            if return_cells:
+                return output, final, self._laid_out(cells, batch, unbatched)
         return output, final if self.mode == "LSTM" else final[0]
 
-    def _resets_of_rows(self, input, resets) -> Tensor:
+    def _laid_out(self, rows: Tensor, batch: int, unbatched: bool) -> Tensor:
+        """Rows of a dense input's output, laid out as that input."""
+        if unbatched:
+            return rows
+        rows = rows.view(-1, batch, rows.shape[-1])
+        return rows.transpose(0, 1) if self.batch_first else rows
+
+    def _forward_with_lengths(self, input, lengths, resets, return_cells, prepared, unbatched):
+        """``forward`` of a padded batch, after ``_prepare``."""
+        backend, rows, _, batch, state, weights, dtype = prepared
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths go with a padded tensor, got a PackedSequence, which has its own")
+        steps = rows.shape[0] // batch
+        numbers = _lengths.checked(lengths, input, steps, () if unbatched else (batch,))
+        # on a GPU kernels would have to be told the numbers of rows, for which this call would wait
+        packing = None
+        if input.device.type == "cpu" and backend != "reference":
+            packing = _lengths.pack(numbers, steps, batch)
+        if resets is not None:
+            resets = self._resets_of_rows(input, resets, numbers)
+        if unbatched:
+            state = tuple(part.unsqueeze(1) for part in state)
+        if packing is None:
+            numbers = numbers.to(rows.device, non_blocking=True)
+            call = ("reference", rows, None, batch, state, weights, dtype, False, resets, numbers, return_cells)
+        else:
+            rows, state = packing.pack(rows), tuple(packing.pack_state(part) for part in state)
+            resets = None if resets is None else resets.index_select(0, packing.index)
+            sequences = packing.order.shape[0]
+            call = (
+                backend,
+                rows,
+                packing.batch_sizes,
+                sequences,
+                state,
+                weights,
+                dtype,
+                False,
+                resets,
+                None,
+                return_cells,
+            )
+        output, final, cells = self._run(*call)
+        results = [output] if cells is None else [output, cells]
+        if packing is not None:
+            results = [packing.unpack(result) for result in results]
+            final = tuple(packing.unpack_state(part, batch) for part in final)
+        if unbatched:
+            final = tuple(part.squeeze(1) for part in final)
+        output, *cells = (self._laid_out(result, batch, unbatched) for result in results)
+        return output, final if self.mode == "LSTM" else final[0], *cells
+
+    def _resets_of_rows(self, input, resets, lengths=None) -> Tensor:
         """``resets`` of a call as (rows, D): whether a direction's state is zero before its step of a row."""
         if isinstance(input, PackedSequence):
-            raise ValueError("resets go with a tensor, got a PackedSequence: pad it, or pack one sequence per episode")
+            raise ValueError("resets go with a tensor, got a PackedSequence: pad it and pass lengths=")
         if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
             got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
             raise TypeError(f"resets should be a tensor of torch.bool, got {got}: try resets.bool()")
@@ -231,6 +306,10 @@ class _Layer(nn.RNNBase):
         if input.dim() == 3 and self.batch_first:
             resets = resets.transpose(0, 1)
         forward = resets.reshape(resets.shape[0], -1)
+        if lengths is not None:
+            forward = forward & (
+                torch.arange(len(forward), device=forward.device)[:, None] < lengths.to(forward.device)
+            )
         if not self.bidirectional:
             return forward.reshape(-1, 1)
         backward = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
@@ -271,8 +350,8 @@ class _Layer(nn.RNNBase):
             data = data.transpose(0, 1)
         return backend, data.reshape(-1, data.shape[-1]), batch_sizes, batch, state, weights, dtype
 
-    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets=None):
-        """All layers: rows (R, I) to the last layer's output (R, D*H') and the final state."""
+    def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets, lengths, return_cells):
+        """All layers: rows (R, I) to the last layer's output (R, D*H'), the final state, and cells (R, D*H) or None."""
         directions = 2 if self.bidirectional else 1
         reverse = [0, 1][:directions]
         cell = self.mode.lower()
@@ -305,15 +384,17 @@ class _Layer(nn.RNNBase):
             h0, c0 = (*initial, None)[:2]
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
-                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets),
+                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets, lengths),
+                return_cells and layer == self.num_layers - 1,
             )
             finals.append(final)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 # over the flat rows: the same mask as torch's from the same seed
                 rows = nn.functional.dropout(rows, self.dropout, True)
+        cells = finals[-1].pop() if return_cells else None
         if self.num_layers == 1:
-            return rows, tuple(finals[0])
-        return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+            return rows, tuple(finals[0]), cells
+        return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True)), cells
 
 
 def _by_role(group: list[Tensor], bias: bool) -> list[Tensor | None]:

@@ -20,15 +20,16 @@ _library = torch.library.Library("fastrnn", "DEF")
 
 # x (rows, S, I), S = D or a divisor of it; weight_ih (D, G*H, I); weight_hh (D, G*H, H') with H' = proj_size or H;
 # bias_ih and bias_hh (D, G*H), both or none; weight_hr (D, H', H); h0 (D, B, H'); c0 (D, B, H); batch_sizes (T,) int64
-# on the CPU, not increasing; reverse[d] is 1 where group d walks back in time; resets (rows, D) bool, of a dense input
-# only: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0
-# and c0. With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and
-# W_hn h + b_hn; RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H).
+# on the CPU, not increasing, maybe zero at the end; reverse[d] is 1 where group d walks back in time; resets (rows, D)
+# bool: whether the state of group d is zero before the step of a row. output (rows, D*H'); h_n and c_n like h0 and c0.
+# With save, the reserve: the activated gates (rows, D, S*H), S by cell (LSTM i, f, g, o; GRU r, z, n and W_hn h + b_hn;
+# RNN h), and the state before each step, hidden_prev (rows, D, H') and cell_prev (rows, D, H). With cells, of the LSTM,
+# the cell state after each step, (rows, D*H).
 _library.define(
     "layer_forward(str backend, str cell, Tensor x, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, "
     "Tensor? bias_hh, Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor? batch_sizes, int[] reverse, bool save, "
-    "Tensor? resets=None) -> "
-    "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor hidden_prev, Tensor cell_prev)"
+    "Tensor? resets=None, bool cells=False) -> "
+    "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor hidden_prev, Tensor cell_prev, Tensor cells)"
 )
 
 # Gradients of all inputs, those that ``needs`` asks for (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr; always
@@ -38,7 +39,7 @@ _library.define(
     "layer_backward(str backend, str cell, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor gates, "
     "Tensor hidden_prev, Tensor? cell_prev, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, "
     "SymInt batch, Tensor? batch_sizes, int[] reverse, SymInt examples, bool[] needs, "
-    "Tensor? resets=None) -> (Tensor dx, "
+    "Tensor? resets=None, Tensor? d_cells=None) -> (Tensor dx, "
     "Tensor d_weight_ih, Tensor d_bias_ih, Tensor d_weight_hh, Tensor d_bias_hh, Tensor d_weight_hr, Tensor dh0, "
     "Tensor dc0)"
 )
@@ -61,32 +62,56 @@ def _expect_packing(batch_sizes: Tensor | None, rows: int, batch: int) -> None:
     else:
         sizes = batch_sizes.tolist()
         falling = sizes == sorted(sizes, reverse=True)
-        valid = sizes and falling and sizes[-1] > 0 and sizes[0] <= batch and sum(sizes) == rows
-        expected = f"batch_sizes should fall from at most {batch}, stay above 0 and add up to {rows}, got {sizes[:20]}"
+        valid = sizes and falling and sizes[-1] >= 0 and sizes[0] <= batch and sum(sizes) == rows
+        expected = f"batch_sizes should fall from at most {batch}, not below 0, and add up to {rows}, got {sizes[:20]}"
     if not valid:
         raise RuntimeError(f"fastrnn: {expected}")
 
 
-def _expect_resets(resets: Tensor | None, batch_sizes: Tensor | None, rows: int, groups: int) -> None:
+def _expect_resets(resets: Tensor | None, rows: int, groups: int) -> None:
     _expect("resets", resets, rows, groups)
-    if resets is not None and (resets.dtype != torch.bool or batch_sizes is not None):
-        raise RuntimeError(f"fastrnn: resets should be bool and go with a dense input, got {resets.dtype}")
+    if resets is not None and resets.dtype != torch.bool:
+        raise RuntimeError(f"fastrnn: resets should be bool, got {resets.dtype}")
 
 
-def zero_before_first_step(resets: Tensor, reverse, states: tuple[Tensor | None, ...]) -> None:
+def zero_before_first_step(
+    resets: Tensor, reverse, states: tuple[Tensor | None, ...], batch_sizes: Tensor | None
+) -> None:
     """Set to zero, in place, the rows of states (D, B, .) that are reset before the first step of their direction."""
+    batch = states[0].shape[1]
+    if batch_sizes is None:
+        first, last = resets[:batch], resets[-batch:]
+    else:
+        batch = int(batch_sizes[0])
+        sequences = torch.arange(batch, device=batch_sizes.device)
+        steps = (batch_sizes[:, None] > sequences).sum(0)
+        rows = (batch_sizes.cumsum(0) - batch_sizes)[steps - 1] + sequences
+        first, last = resets[:batch], resets.index_select(0, rows.to(resets.device))
     for group, backwards in enumerate(reverse):
-        batch = states[0].shape[1]
-        first = resets[-batch:, group] if backwards else resets[:batch, group]
+        reset = (last if backwards else first)[:, group, None]
         for state in states:
             if state is not None:
-                state[group].masked_fill_(first[:, None], 0)
+                state[group, :batch].masked_fill_(reset, 0)
 
 
 def layer_forward_on(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
+    backend,
+    cell,
+    x,
+    weight_ih,
+    bias_ih,
+    weight_hh,
+    bias_hh,
+    weight_hr,
+    h0,
+    c0,
+    batch_sizes,
+    reverse,
+    save,
+    resets=None,
+    cells=False,
 ):
-    """What ``layer_forward`` does, past torch's dispatcher."""
+    """What ``layer_forward`` does, past torch's dispatcher; the seventh result only with ``cells``."""
     rows, sources, input_size = x.shape
     groups, gate_size, _ = weight_hh.shape
     batch, state_size = h0.shape[1:]
@@ -101,14 +126,19 @@ def layer_forward_on(
     _expect("h0", h0, groups, batch, state_size if weight_hr is not None else size)
     _expect("c0", c0, groups, batch, size)
     _expect_packing(batch_sizes, rows, batch)
-    _expect_resets(resets, batch_sizes, rows, groups)
+    _expect_resets(resets, rows, groups)
+    if cells and c0 is None:
+        raise RuntimeError(f"fastrnn: {cell} has no cell states")
     results = dispatch.kernels(backend).layer_forward(
-        *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets)
+        *(cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets, cells)
     )
     return _fill(results, x)
 
 
-torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")(layer_forward_on)
+@torch.library.impl(_library, "layer_forward", "CompositeExplicitAutograd")
+def _layer_forward(*arguments):
+    results = layer_forward_on(*arguments)
+    return results if len(results) == 7 else (*results, results[0].new_empty(0))
 
 
 def layer_backward_on(
@@ -130,6 +160,7 @@ def layer_backward_on(
     examples,
     needs,
     resets=None,
+    d_cells=None,
     overwrite=False,
 ):
     """What ``layer_backward`` does, past torch's dispatcher; ``overwrite``: ``gates`` may be written to."""
@@ -146,15 +177,17 @@ def layer_backward_on(
     _expect("d_output", d_output, rows, groups * state_size)
     _expect("d_h_n", d_h_n, groups, batch, state_size)
     _expect("d_c_n", d_c_n, groups, batch, size)
+    if d_cells is not None:
+        _expect("d_cells", d_cells, rows, groups * size)
     _expect_packing(batch_sizes, rows, batch)
-    _expect_resets(resets, batch_sizes, rows, groups)
+    _expect_resets(resets, rows, groups)
     if examples < 1 or rows % examples or groups % sources:
         raise RuntimeError(f"fastrnn: {rows} rows and {groups} groups do not fit {examples} examples, {sources} inputs")
     return dispatch.kernels(backend).layer_backward(
         cell,
         *(d_output, d_h_n, d_c_n),
         *(gates, hidden_prev, cell_prev),
-        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, resets, overwrite),
+        *(x, weight_ih, weight_hh, weight_hr, batch, batch_sizes, reverse, examples, needs, resets, d_cells, overwrite),
     )
 
 
@@ -165,7 +198,21 @@ def _layer_backward(*arguments):
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=_library)
 def _fake_layer_forward(
-    backend, cell, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0, batch_sizes, reverse, save, resets=None
+    backend,
+    cell,
+    x,
+    weight_ih,
+    bias_ih,
+    weight_hh,
+    bias_hh,
+    weight_hr,
+    h0,
+    c0,
+    batch_sizes,
+    reverse,
+    save,
+    resets=None,
+    cells=False,
 ):
     rows = x.shape[0]
     groups, batch, state_size = h0.shape
@@ -179,6 +226,7 @@ def _fake_layer_forward(
         empty(rows, groups, CELLS[cell].saved * size) if save else empty(0),
         empty(rows, groups, state_size) if save else empty(0),
         empty(rows, groups, size) if save and has_cell_state else empty(0),
+        empty(rows, groups * size) if cells else empty(0),
     )
 
 
@@ -202,6 +250,7 @@ def _fake_layer_backward(
     examples,
     needs,
     resets=None,
+    d_cells=None,
 ):
     groups, gate_size, state_size = weight_hh.shape
     size = state_size if weight_hr is None else weight_hr.shape[2]

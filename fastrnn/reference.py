@@ -6,6 +6,9 @@ derivatives. Gate orders and names are torch's.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,9 +59,34 @@ CELLS = {
 }
 
 
-def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets):
+class _Recording(threading.local):
+    """Where the hidden states of every step go, a list for each layer and direction; None: nowhere."""
+
+    hidden: list[list[Tensor]] | None = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[list[Tensor]]]:
+    """The hidden states that layers run here pass on in this thread: per layer and direction, then per time step.
+
+    They are the tensors that the next step and the output are computed from, (running sequences, H'): the gradient of
+    one holds all that reaches it.
+    """
+    before, _recording.hidden = _recording.hidden, []
+    try:
+        yield _recording.hidden
+    finally:
+        _recording.hidden = before
+
+
+def _direction(
+    step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidden, cell, sizes, reverse, resets, lengths
+):
     """One direction's time loop: x (rows, I), hidden (B, H'), cell (B, H) or None."""
-    outputs = [None] * len(sizes)
+    outputs, cells = [None] * len(sizes), [None] * len(sizes)
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -76,11 +104,28 @@ def _direction(step, x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, hidde
         new, new_cell = step(gates_x, gates_h, running, running_cell)
         if weight_hr is not None:
             new = torch.nn.functional.linear(new, weight_hr)
-        outputs[time] = new
+        outputs[time], cells[time] = new, new_cell
+        if lengths is not None:
+            counts = (time < lengths)[:, None]
+            new, new_cell = (
+                torch.where(counts, new, running),
+                None if cell is None else torch.where(counts, new_cell, running_cell),
+            )
         hidden = torch.cat([new, hidden[size:]])
         if cell is not None:
             cell = torch.cat([new_cell, cell[size:]])
-    return torch.cat(outputs), hidden, cell
+    if _recording.hidden is not None:
+        _recording.hidden.append(outputs)
+    results = [torch.cat(outputs), None if cell is None else torch.cat(cells)]
+    if lengths is not None:
+        counts = _counts(lengths, len(sizes))
+        results = [None if result is None else torch.where(counts, result, 0) for result in results]
+    return results[0], hidden, cell, results[1]
+
+
+def _counts(lengths: Tensor, steps: int) -> Tensor:
+    """(T * B, 1): whether a row is before its sequence's end."""
+    return (torch.arange(steps, device=lengths.device)[:, None] < lengths).reshape(-1, 1)
 
 
 def layer(
@@ -96,18 +141,22 @@ def layer(
     batch_sizes: Tensor | None,
     reverse: list[int],
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``."""
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer, D groups side by side; arguments and results as in ``fastrnn.functional.layer``, cells always."""
     if x.dtype in (torch.bfloat16, torch.float16):
         # as the kernels do: the state is kept in float32 from step to step
         tensors = (x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
         single = [None if tensor is None else tensor.float() for tensor in tensors]
-        results = layer(cell, *single, batch_sizes, reverse, resets)
+        results = layer(cell, *single, batch_sizes, reverse, resets, lengths)
         return tuple(None if result is None else result.to(x.dtype) for result in results)
     groups = len(reverse)
     inputs = x.shape[1]
     batch = h0.shape[1]
     sizes = [batch] * (x.shape[0] // batch) if batch_sizes is None else batch_sizes.tolist()
+    if lengths is not None:
+        # in gradients a NaN of the padding would come through: 0 · NaN is NaN
+        x = torch.where(_counts(lengths, len(sizes))[:, :, None], x, 0)
     results = [
         _direction(
             CELLS[cell].step,
@@ -122,8 +171,11 @@ def layer(
             sizes,
             reverse[group],
             None if resets is None else resets[:, group],
+            lengths,
         )
         for group in range(groups)
     ]
-    outputs, hiddens, cells = zip(*results, strict=True)
-    return torch.cat(outputs, -1), torch.stack(hiddens), None if c0 is None else torch.stack(cells)
+    outputs, hiddens, finals, cells = zip(*results, strict=True)
+    if c0 is None:
+        return torch.cat(outputs, -1), torch.stack(hiddens), None, None
+    return torch.cat(outputs, -1), torch.stack(hiddens), torch.stack(finals), torch.cat(cells, -1)

@@ -27,16 +27,16 @@ _next += 6
 
 # HIDDEN (D, B, H') and CELL (D, B, H): the state, the initial one at first; HIDDEN_2: like HIDDEN, where several
 # threads share a part. OUTPUT (R, D, H'). GATES (R, D, saved blocks * H), HIDDEN_PREV (R, D, H') and CELL_PREV (R, D,
-# H): the reserve.
+# H): the reserve. CELLS (R, D, H): the cell state after each step.
 _next += 5
-(HIDDEN, HIDDEN_2, CELL, OUTPUT, GATES, HIDDEN_PREV, CELL_PREV) = range(_next, _next + 7)
+(HIDDEN, HIDDEN_2, CELL, OUTPUT, GATES, HIDDEN_PREV, CELL_PREV, CELLS) = range(_next, _next + 8)
 
 # Gradients, each like what it is the gradient of; DGATES like GATES, and maybe the same; D_PROJECTED (R, D, H') and
 # UNPROJECTED (R, D, H): the gradient of every projected hidden state, and the state before its projection. Those of
 # weights and biases have a dimension of EXAMPLES in front.
+_next += 8
+(D_OUTPUT, D_HIDDEN, D_CELL, D_CELLS, DGATES, D_PROJECTED, UNPROJECTED) = range(_next, _next + 7)
 _next += 7
-(D_OUTPUT, D_HIDDEN, D_CELL, DGATES, D_PROJECTED, UNPROJECTED) = range(_next, _next + 6)
-_next += 6
 (DX, D_WEIGHT_IH, D_WEIGHT_HH, D_WEIGHT_HR, D_BIAS_IH, D_BIAS_HH) = range(_next, _next + 6)
 
 # One barrier for every part that several threads share, each on a cache line of its own.

@@ -479,8 +479,9 @@ def layer_forward(
     reverse: list[int],
     save: bool,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    cells: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None; without ``cells`` there are six."""
     dtype, rows = x.dtype, x.shape[0]
     compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
 
@@ -498,10 +499,11 @@ def layer_forward(
         gates = _new(hidden, rows, directions, LAYOUTS[cell].saved * size)
         hidden_prev = _new(hidden, rows, directions, state_size)
         cell_prev = None if c0 is None else _new(hidden, rows, directions, size)
+    cells = _new(hidden, rows, directions * size) if cells else None
     if rows:
         if resets is not None:
             resets = resets.contiguous()
-            zero_before_first_step(resets, reverse, (hidden, cell_state))
+            zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
         _, sources, input_size = x.shape
         steps, batch_sizes = _steps(rows, batch, batch_sizes)
         sizes = Sizes(
@@ -517,8 +519,12 @@ def layer_forward(
             **{field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev},
             field.HIDDEN_2: hidden.clone() if plan.members > 1 else None,
         }
+        if cells is not None:
+            arrays[field.CELLS] = cells
         _run(plan, sizes, arrays)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
+    if cells is not None:
+        results += (cells,)
     return _converted(results, dtype)
 
 
@@ -540,6 +546,7 @@ def layer_backward(
     examples: int,
     needs: list[bool],
     resets: Tensor | None,
+    d_cells: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
@@ -594,6 +601,8 @@ def layer_backward(
             **{field.D_WEIGHT_HR: d_weight_hr, field.D_BIAS_IH: d_bias_ih, field.D_BIAS_HH: d_bias_hh},
             **{field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()},
         }
+        if d_cells is not None:
+            arrays[field.D_CELLS] = d_cells = _prepared(d_cells, compute)
         _run(_plan(sizes, batch_sizes), sizes, arrays)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
     return _converted(results, dtype)

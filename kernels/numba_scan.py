@@ -226,6 +226,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
         output = as_pointer(call[field.OUTPUT], zero)
         gates = as_pointer(call[field.GATES], zero)
         hidden_prev, cell_prev = as_pointer(call[field.HIDDEN_PREV], zero), as_pointer(call[field.CELL_PREV], zero)
+        cells = as_pointer(call[field.CELLS], zero)
         state_stride = directions * state_size
         # scratch: the product of a block of rows, their hidden state before its projection, the projections of x, and
         # rows in pairs
@@ -333,12 +334,20 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                         *(advance(block_new, first_state), state_size),
                         *(advance(output, entry * state_size + first_state), state_stride, rows, states),
                     )
+                    if call[field.CELLS] != 0:
+                        copy_rows(
+                            *(advance(cell, block * size + first_unit), size),
+                            *(advance(cells, entry * size + first_unit), directions * size),
+                            *(rows, end_unit - first_unit),
+                        )
                     if call[field.RESETS] != 0 and index + 1 < steps:
-                        following = entry + (-directions if backwards else directions) * batch
-                        zero_at_resets(call, following, rows, advance(block_new, first_state), states, state_size)
+                        next_running = rows_at(call, time - 1 if backwards else time + 1)
+                        following = entry + (-next_running if backwards else running) * directions
+                        going_on = min(rows, next_running - block)
+                        zero_at_resets(call, following, going_on, advance(block_new, first_state), states, state_size)
                         if call[field.CELL] != 0:
                             block_cell = advance(cell, block * size + first_unit)
-                            zero_at_resets(call, following, rows, block_cell, end_unit - first_unit, size)
+                            zero_at_resets(call, following, going_on, block_cell, end_unit - first_unit, size)
                 if not backwards:
                     offset += running
                 if members > 1:
@@ -419,6 +428,7 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
         pairs = as_pointer(call[field.SCRATCH], packed)
         pairs = advance(pairs, scratch + call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
         d_output, d_projected = as_pointer(call[field.D_OUTPUT], zero), as_pointer(call[field.D_PROJECTED], zero)
+        d_cells = as_pointer(call[field.D_CELLS], zero)
         gates, dgates = as_pointer(call[field.GATES], zero), as_pointer(call[field.DGATES], zero)
         hidden_prev, cell_prev = as_pointer(call[field.HIDDEN_PREV], zero), as_pointer(call[field.CELL_PREV], zero)
         state_stride = directions * state_size
@@ -440,6 +450,11 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
                     add_rows(
                         *(advance(d_output, entry * state_size + first_state), state_stride),
                         *(advance(block_d_hidden, first_state), state_size, rows, states),
+                    )
+                if call[field.D_CELLS] != 0:
+                    add_rows(
+                        *(advance(d_cells, entry * size + first_unit), directions * size),
+                        *(advance(d_cell, block * size + first_unit), size, rows, end_unit - first_unit),
                     )
                 if projected:
                     copy_rows(

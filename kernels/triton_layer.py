@@ -197,8 +197,9 @@ def layer_forward(
     reverse: list[int],
     save: bool,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    cells: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Run a layer; see ``fastrnn.ops`` for shapes. Absent results are None; without ``cells`` there are six."""
     rows, dtype, device = x.shape[0], x.dtype, x.device
     groups, batch, size = h0.shape
     accumulator = _accumulator(dtype)
@@ -210,10 +211,11 @@ def layer_forward(
         gates = x.new_empty(rows, groups, CELLS[cell].saved * size)
         hidden_prev = x.new_empty(rows, groups, size)
         cell_prev = None if c0 is None else x.new_empty(rows, groups, size)
+    cells = x.new_empty(rows, groups * size) if cells else None
     if rows and size:
         gates_x, bias_hn = _project(cell, x, weight_ih, bias_ih, bias_hh)
         if resets is not None:
-            zero_before_first_step(resets, reverse, (hidden, cell_state))
+            zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
         exchange = x.new_empty(2, groups, batch, size)
         exchange[0] = hidden
         steps = rows // batch if batch_sizes is None else len(batch_sizes)
@@ -221,11 +223,12 @@ def layer_forward(
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
             *(gates_x, _plain(weight_hh), _plain(bias_hn), offsets, _as_bytes(resets), exchange),
-            *(hidden, cell_state, output, gates, hidden_prev, cell_prev),
+            *(hidden, cell_state, output, gates, hidden_prev, cell_prev, cells),
         )
         with _on(device):
-            scan.launch(forward_scan, tensors, steps, SAVE=save, WITH_RESETS=resets is not None)
-    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
+            options = {"WITH_RESETS": resets is not None, "WITH_CELLS": cells is not None}
+            scan.launch(forward_scan, tensors, steps, SAVE=save, **options)
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, *(() if cells is None else (cells,)))
     return tuple(None if result is None else result.to(dtype) for result in results)
 
 
@@ -262,6 +265,7 @@ def layer_backward(
     examples: int,
     needs: list[bool],
     resets: Tensor | None,
+    d_cells: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
@@ -284,11 +288,12 @@ def layer_backward(
         offsets = _offsets(batch_sizes, device)
         scan = _Scan(cell, size, groups, batch, steps, dtype, device, tuple(reverse), offsets)
         tensors = (
-            *(gates, hidden_prev, cell_prev, _plain(d_output)),
+            *(gates, hidden_prev, cell_prev, _plain(d_output), _plain(d_cells)),
             *(_plain(weight_hh), offsets, _as_bytes(resets), dgates, d_hidden, d_cell),
         )
         with _on(device):
             options = {"WITH_D_OUTPUT": d_output is not None, "WITH_RESETS": resets is not None}
+            options["WITH_D_CELLS"] = d_cells is not None
             scan.launch(backward_scan, tensors, steps, **options)
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, _ = needs

@@ -234,18 +234,18 @@ def _load_operand(source, there, chunk, DEPTH: tl.constexpr, WHOLE: tl.constexpr
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def forward_scan(
     gates_x, weight_hh, bias_hn, offsets, resets,
-    exchange, hidden, cell, output, gates, hidden_prev, cell_prev, counters,
+    exchange, hidden, cell, output, gates, hidden_prev, cell_prev, cells, counters,
     groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr,
-    WITH_RESETS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WITH_RESETS: tl.constexpr, WITH_CELLS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` in the order of the recurrence.
 
     gates_x (rows, D, GATES * H); weight_hh (D, GATES * H, H); bias_hn (D, H); offsets (T + 1,) int64, the first row of
     each step. exchange (2, D, B, H): the hidden state before even and before odd steps. hidden, cell (D, B, H): the
-    state before ``begin`` and, afterwards, before ``end``. output (rows, D, H) and the reserve are as in ops.py.
+    state before ``begin`` and, afterwards, before ``end``. output, cells (rows, D, H) and the reserve are as in ops.py.
     counters: one int32 of every pair, 32 apart, zero at first. Group d walks back in time if bit d modulo ``period`` of
     ``reverse`` is set.
     """
@@ -297,11 +297,16 @@ def forward_scan(
         old_h, old_c = h, c
         out = tl.where(mask, new_h, h)
         h, c = out, tl.where(mask, new_c, c)
+        if WITH_CELLS:
+            _store_tiles(cells, (c,), entries, units, mask, H, 1)
         if WITH_RESETS:
-            following = resets + entries + tl.where(backwards, -batch, batch).to(tl.int64) * groups
-            running = tl.where(index + 1 < steps, batch, 0)
-            h = _zero_at_resets(h, following, rows < running)
-            c = _zero_at_resets(c, following, rows < running)
+            # beyond the last step nothing runs, and no address is read
+            following = tl.where(index + 1 < steps, tl.where(backwards, time - 1, time + 1), time)
+            start, running = _rows_at(offsets, following, batch, PACKED)
+            running = tl.where(index + 1 < steps, running, 0)
+            next_entries = (start + rows) * groups + group
+            h = _zero_at_resets(h, resets + next_entries, rows < running)
+            c = _zero_at_resets(c, resets + next_entries, rows < running)
         if not ALONE:
             # before all other stores, which an arrival would wait for
             target = exchange + (index + 1) % 2 * slot_size + state
@@ -322,13 +327,14 @@ def forward_scan(
 
 @triton.jit(do_not_specialize=OF_THE_CALL)
 def backward_scan(
-    gates, hidden_prev, cell_prev, d_output, weight_hh, offsets, resets,
+    gates, hidden_prev, cell_prev, d_output, d_cells, weight_hh, offsets, resets,
     dgates, d_hidden, d_cell, counters,
     groups, batch, steps, begin, end, first_pair, tiles, reverse, period,
     CELL: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr, IN_FLIGHT: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr,
-    WITH_D_OUTPUT: tl.constexpr, WITH_RESETS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WITH_D_OUTPUT: tl.constexpr, WITH_D_CELLS: tl.constexpr, WITH_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rounds ``begin`` to ``end``, one for each step from the last to the first.
 
@@ -373,23 +379,25 @@ def backward_scan(
         d_out = tl.zeros([ROWS, UNITS], ACC)
         if WITH_D_OUTPUT:
             d_out = _load_tiles(d_output, entries, units, mask, H, 1, ACC)[0]
+        if WITH_D_CELLS:
+            dc += _load_tiles(d_cells, entries, units, mask, H, 1, ACC)[0]
 
         if not ALONE:  # noqa: SIM102, a constant is looked at first
             if index > 0:
                 if index > begin:
                     _wait(counter, (index - begin) * tl.num_programs(0))
                 before = tl.where(backwards, index - 1, steps - index)
-                start, running = _rows_at(offsets, before, batch, PACKED)
-                source_entries = (start + rows) * groups + group
+                source_start, source_running = _rows_at(offsets, before, batch, PACKED)
+                source_entries = (source_start + rows) * groups + group
                 source_rows = source_entries * (SAVED * H) + FIRST
                 sums = _multiply_chunks(
-                    dgates + source_rows[None, :, None], (rows < batch) & (rows < running), resident, weight, block,
-                    tl.zeros([SPLITS, ROWS, UNITS], ACC),
+                    dgates + source_rows[None, :, None], (rows < batch) & (rows < source_running), resident,
+                    weight, block, tl.zeros([SPLITS, ROWS, UNITS], ACC),
                     True, H, GATES, UNITS, CHUNK, CHUNKS, SPLITS, IN_FLIGHT, PRECISION,
                 )  # fmt: skip
                 dh += _add_up(sums, SPLITS, ROWS, UNITS)
                 if WITH_RESETS:
-                    dh = _zero_at_resets(dh, resets + source_entries, rows < batch)
+                    dh = _zero_at_resets(dh, resets + source_entries, rows < source_running)
 
         d_gates, past_weights, new_dc = backward_step(CELL, saved, h_prev, c_prev, dh + d_out, dc, EXACT)
         _store_tiles(dgates, d_gates, entries, units, mask, H, SAVED)
@@ -403,7 +411,7 @@ def backward_scan(
             sums = tl.zeros([SPLITS, ROWS, UNITS], ACC)
             dh += _add_up(_multiply(operand, resident[0], sums, PRECISION), SPLITS, ROWS, UNITS)
             if WITH_RESETS:
-                dh = _zero_at_resets(dh, resets + entries, rows < batch)
+                dh = _zero_at_resets(dh, resets + entries, rows < running)
         elif index + 1 < end:
             _arrive(counter)
 

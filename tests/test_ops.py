@@ -81,7 +81,7 @@ def forward_arguments(
 def backward_arguments(arguments, absent=(), examples=1, needs=None):
     """Arguments of ``layer_backward`` after ``layer_forward(*arguments)``, without the gradients ``absent``."""
     backend, cell, x, weight_ih, _, weight_hh, _, weight_hr, _, _, batch_sizes, reverse, _ = arguments
-    output, h_n, c_n, gates, hidden_prev, cell_prev = ops.layer_forward(*arguments)
+    output, h_n, c_n, gates, hidden_prev, cell_prev, _ = ops.layer_forward(*arguments)
     is_lstm = cell == "lstm"
     incoming = {"d_output": output.cos(), "d_h_n": h_n.cos(), "d_c_n": c_n.cos() if is_lstm else None}
     return [
@@ -119,12 +119,18 @@ def test_opcheck_of_forward(cell, dtype, packed, reverse):
     arguments = forward_arguments(cell, dtype, packed, reverse)
     opcheck(ops.layer_forward, arguments)
     opcheck(ops.layer_forward, [*arguments[:-1], False])
+    if arguments[1] == "lstm":
+        opcheck(ops.layer_forward, [*arguments, None, True])
 
 
 @cells
 @forms
 def test_opcheck_of_backward(cell, dtype, packed, reverse):
-    opcheck(ops.layer_backward, backward_arguments(forward_arguments(cell, dtype, packed, reverse)))
+    arguments = forward_arguments(cell, dtype, packed, reverse)
+    opcheck(ops.layer_backward, backward_arguments(arguments))
+    if arguments[1] == "lstm":
+        d_cells = ops.layer_forward(*arguments, None, True)[6].cos()
+        opcheck(ops.layer_backward, [*backward_arguments(arguments), None, d_cells])
 
 
 @cells
@@ -154,7 +160,10 @@ def test_derivative_of_the_operator_by_itself(cell, packed):
     def scan(*leaves):
         for index, leaf in zip(places, leaves, strict=True):
             arguments[index] = leaf
-        return ops.layer_forward(*arguments)[: 3 if cell.startswith("lstm") else 2]
+        if cell.startswith("lstm"):
+            output, h_n, c_n, *_, cells = ops.layer_forward(*arguments, None, True)
+            return output, h_n, c_n, cells
+        return ops.layer_forward(*arguments)[:2]
 
     leaves = [arguments[index].requires_grad_() for index in places]
     assert torch.autograd.gradcheck(scan, leaves, fast_mode=True)
@@ -195,7 +204,7 @@ def _shared(inputs):
 def test_nothing_is_kept_unless_asked_for(cell):
     lean = ops.layer_forward(*forward_arguments(cell, torch.float32, save=False))
     saving = ops.layer_forward(*forward_arguments(cell, torch.float32, save=True))
-    assert [result.numel() for result in lean[3:]] == [0, 0, 0]
+    assert [result.numel() for result in lean[3:]] == [0, 0, 0, 0]
     assert all(result.numel() for result in saving[3:5])
     assert all(torch.equal(*pair) for pair in zip(lean[:3], saving[:3], strict=True))
 
@@ -262,7 +271,11 @@ def test_forward_against_the_reference(cell, packed, reverse):
     arguments = forward_arguments(cell, torch.float64, packed, reverse)
     _, name, *inputs, _, _, _ = arguments
     expected = reference.layer(name, *inputs, arguments[10], reverse)
-    results = ops.layer_forward(*arguments)[: 3 if name == "lstm" else 2]
+    if name == "lstm":
+        output, h_n, c_n, *_, cells = ops.layer_forward(*arguments, None, True)
+        results = output, h_n, c_n, cells
+    else:
+        results = ops.layer_forward(*arguments)[:2]
     for mine, theirs in itertools.zip_longest(results, expected):
         if theirs is not None:
             assert_within_rule(mine, theirs, theirs)
