@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import fastrnn
 
@@ -145,6 +144,11 @@ def run_all(
     """
     rows, explained, failures = [], [], []
     begin = time.monotonic()
+    # the GPU's machine may have torch alone
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = _Plain
     with tqdm(jobs, unit="row", leave=False) as progress:
         for number, job in enumerate(progress):
             if stop_after is not None and time.monotonic() - begin > stop_after:
@@ -165,6 +169,28 @@ def run_all(
     if explained:
         print(report.backends(explained))
     return rows, failures
+
+
+class _Plain:
+    """What is used of tqdm, where there is none: a line for each job."""
+
+    def __init__(self, jobs, **_):
+        self.jobs = jobs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        return iter(self.jobs)
+
+    def set_description(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def write(self, text: str, file=None) -> None:
+        print(text, file=file)
 
 
 def draw(rows: Sequence[results.Result], path: Path) -> None:

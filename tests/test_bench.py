@@ -80,3 +80,10 @@ def test_rows_of_flashrnn_and_the_end_of_time(package, tmp_path, capsys):
     assert [row["backend"] for row in read(csv)] == ["torch", "flashrnn"]
     assert bench.main([*arguments, "--stop-after", "0"]) == 0
     assert len(read(csv)) == 2 and "no time left for: darts-rnn" in capsys.readouterr().out
+
+
+def test_without_a_progress_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    output = ["--output", str(tmp_path / "results.csv"), "--plot", str(tmp_path / "plot.png")]
+    assert bench.main(["--device", "cpu", "--workload", "darts-rnn", "--seconds", "0.01", *output]) == 0
+    assert "darts-rnn" in capsys.readouterr().err
