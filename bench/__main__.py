@@ -3,15 +3,15 @@
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import fastrnn
 
-from . import report, results
+from . import flashrnn, report, results
 from .machine import measure
 from .plot import plot
 from .runner import DTYPES, Job, run
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    rows, failures = run_all(make_jobs(workloads, options), output)
+    rows, failures = run_all(make_jobs(workloads, options), output, options.stop_after)
     if rows:
         print(f"\n{report.table(rows)}\n")
         for dtype, threads in dict.fromkeys((row.dtype, row.threads) for row in rows):
@@ -70,13 +70,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cell", action="append", default=[], choices=GATES, help="only this cell; may be repeated")
     add("--mode", action="append", default=[], choices=MODES, help="only this mode; may be repeated")
     add("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="(default: float32)")
-    backends = ["auto", *(backend.name for backend in fastrnn.backends())]
+    backends = ["auto", *(backend.name for backend in fastrnn.backends()), flashrnn.NAME]
     add(
         "--backend",
         nargs="+",
         default=["auto"],
         choices=backends,
-        help="(default: auto, what dispatch picks)",
+        help="(default: auto, what dispatch picks; flashrnn: that package in place of fastrnn, where it can run)",
     )
     add("--threads", nargs="+", type=positive, default=[torch.get_num_threads()], help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--grid", action="store_true", help="also cells x batches x hidden sizes, in every mode (grid-*)")
     add("--quick", action="store_true", help="the cheap workloads only, with a small time budget")
     add("--seconds", type=float, help=f"of samples, a row (default: {SECONDS:g}, quick: {QUICK_SECONDS:g})")
+    add("--stop-after", type=float, metavar="SECONDS", help="begin no more rows then (default: never)")
     add(
         "--output",
         type=Path,
@@ -121,19 +122,38 @@ def print_list(workloads: Sequence[Workload], runs: Sequence[Workload]) -> None:
 
 def make_jobs(workloads: Sequence[Workload], options: argparse.Namespace) -> list[Job]:
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    return [
-        Job(workload, dtype, options.device, threads, backend, seconds, note="quick" if options.quick else "")
-        for threads, dtype, backend, workload in itertools.product(
-            options.threads, options.dtype, options.backend, workloads
-        )
-    ]
+    kinds = itertools.product(options.threads, options.dtype, options.backend, workloads)
+    jobs, passed_over = [], {}
+    for threads, dtype, backend, workload in kinds:
+        if backend == flashrnn.NAME and (reason := flashrnn.objection(workload)):
+            passed_over.setdefault(reason, []).append(workload.name)
+            continue
+        note = "quick" if options.quick else ""
+        jobs.append(Job(workload, dtype, options.device, threads, backend, seconds, note))
+    for reason, names in passed_over.items():
+        print(f"not with FlashRNN, {reason}: {', '.join(dict.fromkeys(names))}\n")
+    return jobs
 
 
-def run_all(jobs: Sequence[Job], output: Path) -> tuple[list[results.Result], list[str]]:
-    """Runs every job; a row is written as soon as it is measured. Returns the rows and what failed."""
+def run_all(
+    jobs: Sequence[Job], output: Path, stop_after: float | None = None
+) -> tuple[list[results.Result], list[str]]:
+    """Runs every job; a row is written as soon as it is measured. Returns the rows and what failed.
+
+    After ``stop_after`` seconds no more is begun: the names of those left are printed.
+    """
     rows, explained, failures = [], [], []
+    begin = time.monotonic()
+    # the GPU's machine may have torch alone
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = _Plain
     with tqdm(jobs, unit="row", leave=False) as progress:
-        for job in progress:
+        for number, job in enumerate(progress):
+            if stop_after is not None and time.monotonic() - begin > stop_after:
+                progress.write(f"no time left for: {', '.join(map(str, jobs[number:]))}\n")
+                break
             progress.set_description(str(job))
             try:
                 row, explanation = run(job)
@@ -144,10 +164,33 @@ def run_all(jobs: Sequence[Job], output: Path) -> tuple[list[results.Result], li
                 continue
             results.append(output, [row])
             rows.append(row)
-            explained.append((row.workload, explanation))
+            if explanation:
+                explained.append((row.workload, explanation))
     if explained:
         print(report.backends(explained))
     return rows, failures
+
+
+class _Plain:
+    """What is used of tqdm, where there is none: a line for each job."""
+
+    def __init__(self, jobs, **_):
+        self.jobs = jobs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        return iter(self.jobs)
+
+    def set_description(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def write(self, text: str, file=None) -> None:
+        print(text, file=file)
 
 
 def draw(rows: Sequence[results.Result], path: Path) -> None:

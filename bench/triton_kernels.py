@@ -7,6 +7,7 @@ those that ptxas reports (for AMD: the assembler text), shared memory that of Tr
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -17,15 +18,20 @@ from typing import NamedTuple
 
 import torch
 
-from fastrnn.kernels.triton_tiles import AMD, AMPERE, BLACKWELL, HOPPER, WARPS, Tiles, choose_tiles
+from fastrnn.kernels.triton_tiles import (
+    AMD,
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    WARPS,
+    Tiles,
+    choose_tiles,
+    registers_without_spills,
+)
 from fastrnn.reference import CELLS
 
 LIMITS = {"sm_80": AMPERE, "sm_90": HOPPER, "sm_100": BLACKWELL, "gfx942": AMD}
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-# One register spilled is four bytes. ptxas aims for 128 registers, so that two programs fit on a multiprocessor, and
-# puts a few values that the time loop hardly uses into local memory to get there, even where it does not get there.
-FEW_BYTES = 64
 
 
 class Kernel(NamedTuple):
@@ -116,7 +122,14 @@ def compile_kernel(kernel: Kernel) -> Resources:
     else:
         target = GPUTarget("cuda", int(kernel.arch.removeprefix("sm_")), 32)
     options = {"num_warps": WARPS, "num_stages": 1, "launch_cooperative_grid": not tiles.alone}
-    return _resources(kernel, triton.compile(source, target=target, options=options))
+    if amd:
+        return _resources(kernel, triton.compile(source, target=target, options=options))
+
+    @functools.cache
+    def resources(registers):
+        return _resources(kernel, triton.compile(source, target=target, options={**options, "maxnreg": registers}))
+
+    return resources(registers_without_spills(lambda registers: resources(registers).spilled_bytes))
 
 
 def some_kernels(sizes=((64, 32), (128, 64), (256, 32), (512, 32), (1024, 96), (2048, 16))) -> list[Kernel]:

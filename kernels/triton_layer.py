@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from ..ops import zero_before_first_step
 from ..reference import CELLS
 from .triton_scan import INTERPRETED, backward_scan, forward_scan
-from .triton_tiles import AMD, HOPPER, WARPS, Limits, choose_tiles
+from .triton_tiles import AMD, HOPPER, WARPS, Limits, choose_tiles, registers_without_spills
 
 
 @functools.cache
@@ -73,8 +73,25 @@ def _offsets(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
     """First rows of all time steps, and the end, if batch sizes differ."""
     if batch_sizes is None:
         return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _offsets_written_there(batch_sizes, device)
     zero = batch_sizes.new_zeros(1)
     return torch.cat([zero, batch_sizes.cumsum(0)]).to(device, non_blocking=True)
+
+
+def _offsets_written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """The same with no copy from the host: a CUDA graph would read that memory again at every replay, or refuses it.
+
+    One small kernel writes the steps of each batch size; its numbers are arguments, which a graph keeps.
+    """
+    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, device=device)
+    step = row = 0
+    runs = torch.unique_consecutive(batch_sizes, return_counts=True)
+    for size, steps in zip(*(run.tolist() for run in runs), strict=True):
+        row += size * steps
+        torch.arange(row - size * (steps - 1), row + 1, size, out=offsets[step + 1 : step + steps + 1])
+        step += steps
+    return offsets
 
 
 # The second dimension of a CUDA grid ends here.
@@ -103,42 +120,74 @@ class _Scan(NamedTuple):
         rounds += backward and not tiles.alone  # the last product
         blocks, batch_tiles = tiles.blocks(self.hidden_size), -(-self.batch // tiles.rows)
         pairs = self.groups * batch_tiles
-        counters = torch.zeros(pairs * 32, dtype=torch.int32, device=self.device)
         together = tiles.alone or blocks == 1 or (limits.cooperative and blocks <= limits.programs)
+        # nobody looks at them where a program is alone or a launch makes one step
+        make = torch.zeros if together and not tiles.alone else torch.empty
+        counters = make(pairs * 32, dtype=torch.int32, device=self.device)
         waiting = together and blocks > 1
         at_once = min(pairs, max(1, limits.programs // blocks) if waiting else MOST_PAIRS)
         if waiting:
             options["launch_cooperative_grid"] = True
             if rounds * blocks >= 1 << 31:
                 raise RuntimeError(f"fastrnn: {rounds} steps are more than the counters of {blocks} programs can count")
+        options |= {
+            "PACKED": self.offsets is not None,
+            "PRECISION": _precision(self.dtype),
+            "EXACT": self.dtype in (torch.float32, torch.float64),
+            "num_warps": WARPS,
+            # a pipeline would read hidden states ahead of the step that writes them
+            "num_stages": 1,
+        }
         cell, directions = CELLS[self.cell], _direction_bits(self.reverse)
+        constants = (
+            *(self.cell, self.hidden_size, cell.gates, cell.saved),
+            *(tiles.rows, tiles.units, tiles.splits, tiles.chunk, tiles.chunks, tiles.resident),
+            *(tiles.in_flight, tiles.alone),
+        )
         for first_pair in range(0, pairs, at_once):
             grid = (blocks, min(at_once, pairs - first_pair))
             for begin in range(0, rounds, rounds if together else 1):
                 end = rounds if together else begin + 1
-                kernel[grid](
+                arguments = (
                     *(*tensors, counters, self.groups, self.batch, self.steps),
-                    *(begin, end, first_pair, batch_tiles, *directions),
-                    *(self.cell, self.hidden_size, cell.gates, cell.saved),
-                    *(tiles.rows, tiles.units, tiles.splits, tiles.chunk, tiles.chunks, tiles.resident),
-                    *(tiles.in_flight, tiles.alone),
-                    PACKED=self.offsets is not None,
-                    PRECISION=_precision(self.dtype),
-                    EXACT=self.dtype in (torch.float32, torch.float64),
-                    num_warps=WARPS,
-                    # a pipeline would read hidden states ahead of the step that writes them
-                    num_stages=1,
-                    **options,
+                    *(begin, end, first_pair, batch_tiles, *directions, *constants),
                 )
+                kernel[grid](*arguments, **options, **self._registers(kernel, arguments, constants, grid, options))
+
+    def _registers(self, kernel, arguments, constants, grid, options) -> dict[str, int]:
+        """The option that keeps ``kernel`` from spilling; each of its variants is compiled and looked at once."""
+        if INTERPRETED or torch.version.hip is not None:
+            return {}
+        variant = (kernel, self.device, self.dtype, constants, *options.items())
+        if variant not in _REGISTERS:
+
+            def spills(registers):
+                compiled = kernel.warmup(*arguments, grid=grid, maxnreg=registers, **options)
+                compiled._init_handles()
+                return compiled.n_spills
+
+            _REGISTERS[variant] = registers_without_spills(spills)
+        return {"maxnreg": _REGISTERS[variant]}
+
+
+# Of every variant of a kernel that has been launched.
+_REGISTERS: dict[tuple, int | None] = {}
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as kernels read it: by its address alone, row after row."""
-    return None if tensor is None else tensor.contiguous().resolve_neg()
+    """The tensor as kernels read it: by its address alone, row after row.
+
+    And from a multiple of 16 bytes, as all that torch allocates: for other addresses, which parts of a larger tensor
+    may have, Triton would compile a second kernel with narrower loads.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous().resolve_neg()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _as_bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
+    return None if resets is None else _plain(resets).view(torch.uint8)
 
 
 def _on(device: torch.device):

@@ -1,6 +1,7 @@
 """How the scans of ``triton_scan.py`` are cut into tiles: what a device has room for, and a model of the time."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..reference import CELLS
@@ -41,6 +42,8 @@ WARPS = 8
 # What follows keeps every kernel within its registers (tests/test_triton_compile.py).
 # Rows and units of a program that shares the hidden units with others.
 SHARED_TILES = ((16, 16), (16, 32), (32, 16))
+# The LSTM's backward step keeps the most values beside its product: with 32 rows there are not registers enough.
+MOST_ROWS_OF_LSTM_BACKWARD = 16
 # Rows of a program that has all units.
 ALONE_ROWS = (16, 32)
 # Depth of a chunk at most: as much of each row is on its way to the product at a time.
@@ -49,6 +52,9 @@ MOST_CHUNK, ROWS_TIMES_CHUNK = 256, 16 * 256
 IN_FLIGHT_BYTES = 64 * 4 * 32 * WARPS
 # Sums of a product, in all its splits: 32 registers of each thread.
 SUMS = 32 * 32 * WARPS
+# Registers of a thread that NVIDIA's compiler is given, in turn, until nothing spills. None is its own choice: often
+# 128, so that two programs would fit on a multiprocessor, at the price of a few values in local memory.
+REGISTERS = (None, 224, 240)
 
 # The model, in nanoseconds of a step: its chain of latencies; an exchange between programs; a kilobyte of streamed
 # weights in each program; a product of 16 rows x 8 columns x 16 of depth. Guesses: no GPU has confirmed them.
@@ -112,6 +118,18 @@ def choose_tiles(
             depth, columns = (units * width, units) if backward else (units, units * width)
             add(_alone(rows, units, depth, columns, itemsize, limits), columns)
     for rows, units in SHARED_TILES:
+        if backward and cell == "lstm" and rows > MOST_ROWS_OF_LSTM_BACKWARD:
+            continue
         depth, columns = (gates * hidden_size, units) if backward else (hidden_size, units * width)
         add(_shared(rows, units, depth, columns, itemsize, limits), columns)
     return min(candidates)[1]
+
+
+def registers_without_spills(spills: Callable[[int | None], int]) -> int | None:
+    """The first of REGISTERS with which ``spills`` says that nothing is spilled; if there is none, the least."""
+    spilled = {}
+    for registers in REGISTERS:
+        spilled[registers] = spills(registers)
+        if spilled[registers] == 0:
+            return registers
+    return min(spilled, key=spilled.get)

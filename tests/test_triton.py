@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import DTYPES, FLOAT64_AGREEMENT, assert_same_as_torch, make_pair, 
 
 import fastrnn
 from fastrnn.kernels import triton_layer
-from fastrnn.kernels.triton_tiles import AMD, AMPERE, HOPPER, Tiles, choose_tiles
+from fastrnn.kernels.triton_tiles import AMD, AMPERE, HOPPER, REGISTERS, Tiles, choose_tiles, registers_without_spills
 from fastrnn.reference import CELLS
 
 # Ways to cut up a scan, by what choose_tiles would say: one program for all units, which the interpreter runs for all
@@ -214,17 +215,88 @@ def test_tiles_cover_the_layer_and_fit(limits):
             assert tiles.units >= hidden and tiles.chunks == tiles.resident == 1
 
 
-class Recorder:
-    """Stands for a kernel and notes how it is launched."""
+@pytest.mark.parametrize("limits", [HOPPER, AMPERE, AMD])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_batches_share_a_few_kernels(cell, backward, limits):
+    """All that a kernel knows of the batch is its tiles: five of them at most, whatever the batches."""
+    for hidden in (40, 128, 256, 1024, 2048):
+        chosen = {choose_tiles(cell, backward, hidden, 1, tiles, 2, limits) for tiles in range(1, 400)}
+        assert len(chosen) <= 5
 
-    def __init__(self):
-        self.launches = []
+
+class Recorder:
+    """Stands for a kernel and notes how it is launched; ``spills`` has the registers with which it would spill."""
+
+    def __init__(self, spills=()):
+        self.launches, self.looked_at, self.spills = [], [], spills
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
             self.launches.append((grid, arguments, options))
 
         return launch
+
+    def warmup(self, *arguments, grid, maxnreg, **options):
+        self.looked_at.append(maxnreg)
+        return SimpleNamespace(n_spills=2 if maxnreg in self.spills else 0, _init_handles=lambda: None)
+
+
+def launch(kernel, hidden=300, batch=20, groups=1, steps=3):
+    scan = triton_layer._Scan(
+        "lstm", hidden, groups, batch, steps, torch.bfloat16, torch.device("cpu"), (0,) * groups, None
+    )
+    scan.launch(kernel, (), steps)
+
+
+def test_a_kernel_that_spills_gets_other_registers(monkeypatch):
+    monkeypatch.setattr(triton_layer, "INTERPRETED", False)
+    monkeypatch.setattr(triton_layer, "_limits", lambda device: HOPPER)
+    kernel = Recorder(spills=REGISTERS[:1])
+    for batch in (20, 21, 20):
+        launch(kernel, batch=batch)
+    assert kernel.looked_at == list(REGISTERS[:2])
+    assert {options["maxnreg"] for _, _, options in kernel.launches} == {REGISTERS[1]}
+    launch(kernel, hidden=301)
+    assert len(kernel.looked_at) == 4
+    assert registers_without_spills({None: 8, 224: 2, 240: 6}.get) == 224
+
+
+def test_counters_are_cleared_only_where_programs_wait(monkeypatch):
+    monkeypatch.setattr(triton_layer, "INTERPRETED", False)
+    cleared = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: cleared.append(size) or zeros(*size, **options))
+    for limits, hidden, expected in ((HOPPER, 64, 0), (HOPPER, 300, 1), (HOPPER._replace(cooperative=False), 300, 0)):
+        monkeypatch.setattr(triton_layer, "_limits", lambda device, limits=limits: limits)
+        cleared.clear()
+        launch(Recorder(), hidden)
+        assert len(cleared) == expected
+
+
+@pytest.mark.parametrize("sizes", [[1], [4], [3, 3, 2, 2, 2, 1], [5, 1, 1], [7, 6, 5]])
+def test_first_rows_are_the_same_when_no_memory_is_copied(sizes):
+    """As a CUDA graph records them."""
+    sizes = torch.tensor(sizes)
+    copied = triton_layer._offsets(sizes, torch.device("cpu"))
+    assert torch.equal(triton_layer._offsets_written_there(sizes, torch.device("cpu")), copied)
+
+
+def test_parameters_that_begin_anywhere_give_the_same_bits():
+    """A flat buffer of all parameters: its parts are no multiples of 16 bytes from its start."""
+    layer, x = fastrnn.LSTM(5, 33), torch.randn(4, 3, 5)
+    with fastrnn.use_backend("triton"):
+        expected = layer(x)[0]
+        flat = torch.empty(1 + sum(parameter.numel() for parameter in layer.parameters()))
+        begin = 1
+        for parameter in layer.parameters():
+            place = flat[begin : begin + parameter.numel()].view_as(parameter)
+            begin += parameter.numel()
+            parameter.data = place.copy_(parameter.detach())
+        assert layer.weight_hh_l0.data_ptr() % 16
+        assert torch.equal(layer(x)[0], expected)
+    assert triton_layer._plain(layer.weight_hh_l0).data_ptr() % 16 == 0
+    assert triton_layer._as_bytes(torch.ones(40, dtype=torch.bool)[3:]).data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(
@@ -237,10 +309,7 @@ def test_programs_that_wait_for_each_other_all_run_at_the_same_time(limits, monk
     monkeypatch.setattr(triton_layer, "_limits", lambda device: limits)
     for hidden, batch, groups in itertools.product((16, 256, 1024, 5000), (1, 100, 3000), (1, 2, 30)):
         kernel, steps = Recorder(), 3
-        scan = triton_layer._Scan(
-            "lstm", hidden, groups, batch, steps, torch.bfloat16, torch.device("cpu"), (0,) * groups, None
-        )
-        scan.launch(kernel, (), steps)
+        launch(kernel, hidden, batch, groups, steps)
         done = set()
         for (blocks, pairs), arguments, options in kernel.launches:
             counters, _, _, _, begin, end, first_pair, tiles_of_batch = arguments[:8]
