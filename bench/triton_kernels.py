@@ -50,11 +50,15 @@ class Kernel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers and spilled bytes of a thread, shared memory of a program."""
+    """What a compiled kernel takes: registers and spilled bytes of a thread, shared memory of a program.
+
+    And whether Hopper's warp groups make its products (wgmma).
+    """
 
     registers: int
     spilled_bytes: int
     shared_kb: float
+    warp_groups: bool = False
 
 
 def _resources(kernel: Kernel, compiled) -> Resources:
@@ -75,7 +79,8 @@ def _resources(kernel: Kernel, compiled) -> Resources:
         report = subprocess.run(command, check=True, capture_output=True, text=True)
     report = report.stdout + report.stderr
     spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
-    return Resources(int(re.search(r"Used (\d+) registers", report)[1]), spilled, compiled.metadata.shared / 1024)
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return Resources(registers, spilled, compiled.metadata.shared / 1024, "wgmma.mma_async" in text)
 
 
 def compile_kernel(kernel: Kernel) -> Resources:
@@ -132,7 +137,10 @@ def compile_kernel(kernel: Kernel) -> Resources:
     return resources(registers_without_spills(lambda registers: resources(registers).spilled_bytes))
 
 
-def some_kernels(sizes=((64, 32), (128, 64), (256, 32), (512, 32), (1024, 96), (2048, 16))) -> list[Kernel]:
+SIZES = ((64, 32), (64, 4096), (128, 64), (128, 4096), (256, 32), (256, 4096), (512, 32), (1024, 96), (2048, 16))
+
+
+def some_kernels(sizes=SIZES) -> list[Kernel]:
     """Kernels of all cells and GPUs, in bfloat16 and float32, for some hidden sizes and batches."""
     kinds = itertools.product(
         LIMITS, ("lstm", "gru", "rnn_tanh"), (torch.bfloat16, torch.float32), sizes, (False, True)
@@ -157,7 +165,7 @@ def main() -> None:
         if kernel.backward:
             continue
         passes = (kernel, kernel._replace(backward=True))
-        columns = [f"{describe(each.tiles())} | {{}}, {{}} B, {{:.0f}} KB".format(*taken[each]) for each in passes]
+        columns = [f"{describe(each.tiles())} | {amounts(taken[each])}" for each in passes]
         sizes = f"{TYPES[kernel.dtype]} | {kernel.hidden_size} | {kernel.batch}"
         print(f"| {kernel.arch} | {kernel.cell} | {sizes} | {' | '.join(columns)} |")
 
@@ -166,6 +174,11 @@ def describe(tiles: Tiles) -> str:
     """The rows and units of a program, and how much of its weights stays on chip."""
     share = "alone" if tiles.alone else f"{tiles.resident}/{tiles.chunks} on chip"
     return f"{tiles.rows} × {tiles.units}, {share}"
+
+
+def amounts(taken: Resources) -> str:
+    warp_groups = ", wgmma" if taken.warp_groups else ""
+    return f"{taken.registers}, {taken.spilled_bytes} B, {taken.shared_kb:.0f} KB{warp_groups}"
 
 
 if __name__ == "__main__":

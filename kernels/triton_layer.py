@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from ..ops import zero_before_first_step
 from ..reference import CELLS
 from .triton_scan import INTERPRETED, backward_scan, forward_scan
-from .triton_tiles import AMD, HOPPER, WARPS, Limits, choose_tiles, registers_without_spills
+from .triton_tiles import AMD, AMPERE, HOPPER, WARPS, Limits, choose_tiles, registers_without_spills
 
 
 @functools.cache
@@ -28,8 +28,9 @@ def _limits(device: torch.device) -> Limits:
     if torch.version.hip is not None:
         # In Triton 3.9 other waves' stores may still be under way when one wave's release counts them as done: nobody
         # waits inside a launch, each step is one of its own.
-        return Limits(programs, shared_bytes, False, AMD.most_alone)
-    return Limits(programs, shared_bytes, True, HOPPER.most_alone)
+        return Limits(programs, shared_bytes, False, AMD.most_alone, AMD.most_rows)
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return Limits(programs, shared_bytes, True, HOPPER.most_alone, (HOPPER if hopper else AMPERE).most_rows)
 
 
 @functools.lru_cache(maxsize=256)

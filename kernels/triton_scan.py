@@ -107,7 +107,18 @@ def _depth(chunk, CHUNK: tl.constexpr, SPLITS: tl.constexpr):
 def _multiply(operand, weights, sums, PRECISION: tl.constexpr):
     if INTERPRETED:
         operand, weights = _widen(operand, sums.dtype), _widen(weights, sums.dtype)
-    return tl.dot(operand, weights, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+    BATCH: tl.constexpr = sums.shape[0]
+    ROWS: tl.constexpr = sums.shape[1]
+    if BATCH == 1 and ROWS >= 64:
+        # Hopper's warp groups (wgmma) take matrices of 64 rows, but no batch of them
+        DEPTH: tl.constexpr = weights.shape[1]
+        COLUMNS: tl.constexpr = weights.shape[2]
+        operand, weights = tl.reshape(operand, [ROWS, DEPTH]), tl.reshape(weights, [DEPTH, COLUMNS])
+        flat = tl.reshape(sums, [ROWS, COLUMNS])
+        flat = tl.dot(operand, weights, flat, input_precision=PRECISION, out_dtype=sums.dtype)
+        return tl.reshape(flat, [1, ROWS, COLUMNS])
+    else:
+        return tl.dot(operand, weights, sums, input_precision=PRECISION, out_dtype=sums.dtype)
 
 
 @triton.jit

@@ -14,12 +14,15 @@ class Limits(NamedTuple):
     shared_bytes: int  # that a program may use
     cooperative: bool  # whether it can be told that they must
     most_alone: int  # hidden units that one program can have all of, for its registers
+    most_rows: int  # of a program: Hopper multiplies 64 at a time
 
 
-AMPERE = Limits(programs=108, shared_bytes=163 << 10, cooperative=True, most_alone=128)  # A100, sm_80
-HOPPER = Limits(programs=132, shared_bytes=227 << 10, cooperative=True, most_alone=128)  # H100 and H200, sm_90
-BLACKWELL = Limits(programs=148, shared_bytes=227 << 10, cooperative=True, most_alone=128)  # B200, sm_100
-AMD = Limits(programs=304, shared_bytes=64 << 10, cooperative=True, most_alone=32)  # MI300X, gfx942
+AMPERE = Limits(programs=108, shared_bytes=163 << 10, cooperative=True, most_alone=128, most_rows=32)  # A100, sm_80
+HOPPER = Limits(
+    programs=132, shared_bytes=227 << 10, cooperative=True, most_alone=128, most_rows=64
+)  # H100 and H200, sm_90
+BLACKWELL = Limits(programs=148, shared_bytes=227 << 10, cooperative=True, most_alone=128, most_rows=32)  # B200, sm_100
+AMD = Limits(programs=304, shared_bytes=64 << 10, cooperative=True, most_alone=32, most_rows=32)  # MI300X, gfx942
 
 
 class Tiles(NamedTuple):
@@ -45,7 +48,12 @@ SHARED_TILES = ((16, 16), (16, 32), (32, 16))
 # The LSTM's backward step keeps the most values beside its product: with 32 rows there are not registers enough.
 MOST_ROWS_OF_LSTM_BACKWARD = 16
 # Rows of a program that has all units.
-ALONE_ROWS = (16, 32)
+ALONE_ROWS = (16, 32, 64)
+# Sums of a program that has all units: 64 registers of each thread.
+ALONE_SUMS = 64 * 32 * WARPS
+# Rows from which Hopper's tensor cores work by groups of four warps (wgmma), for half precision: the depth is not split
+# then, a program has 16 units, and a product is not so deep that its many chunks would take long to compile.
+LARGE_ROWS, LARGE_UNITS, LARGE_DEPTH = 64, 16, 1024
 # Depth of a chunk at most: as much of each row is on its way to the product at a time.
 MOST_CHUNK, ROWS_TIMES_CHUNK = 256, 16 * 256
 # Bytes of a program's operands that are loaded ahead: 64 registers of each thread.
@@ -70,7 +78,7 @@ def _alone(rows: int, units: int, depth: int, columns: int, itemsize: int, limit
     if depth * (columns + rows) * itemsize > limits.shared_bytes:
         return None
     # columns enough for all warps, or the depth is split among them
-    splits = 1 if columns >= 8 * WARPS else min(WARPS, depth // 16)
+    splits = 1 if columns >= 8 * WARPS or rows >= LARGE_ROWS else min(WARPS, depth // 16)
     return Tiles(rows, units, splits, depth, 1, 1, 1, True)
 
 
@@ -85,7 +93,7 @@ def _shared(rows: int, units: int, depth: int, columns: int, itemsize: int, limi
     resident = max(0, limits.shared_bytes - operand) // weights
     if resident < chunks:  # one streamed chunk has to have room beside them
         resident = max(0, limits.shared_bytes - operand - weights) // weights
-    splits = max(1, min(WARPS, chunk // 16, SUMS // (rows * columns)))
+    splits = 1 if rows >= LARGE_ROWS else max(1, min(WARPS, chunk // 16, SUMS // (rows * columns)))
     return Tiles(rows, units, splits, chunk, chunks, min(chunks, resident), max(1, IN_FLIGHT_BYTES // operand), False)
 
 
@@ -115,6 +123,9 @@ def choose_tiles(
     units = max(16, _power_of_two(hidden_size))
     if units <= limits.most_alone and itemsize < 8:
         for rows in ALONE_ROWS:
+            large = rows >= LARGE_ROWS
+            if rows > limits.most_rows or rows * units * width > ALONE_SUMS or (large and itemsize > 2):
+                continue
             depth, columns = (units * width, units) if backward else (units, units * width)
             add(_alone(rows, units, depth, columns, itemsize, limits), columns)
     for rows, units in SHARED_TILES:
@@ -122,6 +133,9 @@ def choose_tiles(
             continue
         depth, columns = (gates * hidden_size, units) if backward else (hidden_size, units * width)
         add(_shared(rows, units, depth, columns, itemsize, limits), columns)
+    depth, columns = (gates * hidden_size, LARGE_UNITS) if backward else (hidden_size, LARGE_UNITS * width)
+    if limits.most_rows >= LARGE_ROWS and itemsize == 2 and depth <= LARGE_DEPTH:
+        add(_shared(LARGE_ROWS, LARGE_UNITS, depth, columns, itemsize, limits), columns)
     return min(candidates)[1]
 
 

@@ -26,6 +26,8 @@ def main():
         for dtype in (torch.float16, torch.float64)
         for backward in (False, True)
     ]
+    kernels += [Kernel("sm_90", cell, backward, 256, 4096, torch.bfloat16) for cell in ("lstm", "gru", "rnn_tanh")
+                for backward in (False, True)]
     results = compile_all(kernels)
     print(json.dumps([
         [str(kernel), LIMITS[kernel.arch].shared_bytes / 1024, *taken] for kernel, taken in zip(kernels, results)
@@ -43,7 +45,7 @@ def compiled(tmp_path_factory):
     script.write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.update(PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(folder / "cache"), TRITON_DEFAULT_FP_FUSION="1")
-    process = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    process = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -54,6 +56,11 @@ def test_shared_memory_is_within_the_limit_of_each_gpu(compiled):
 
 def test_registers_do_not_spill(compiled):
     assert [row for row in compiled if row[3] > 0] == []
+
+
+def test_large_batches_use_the_warp_groups_of_hopper(compiled):
+    large = [row for row in compiled if "batch=4096" in row[0]]
+    assert len(large) == 6 and all(row[5] for row in large)
 
 
 # Launches of many batches, lengths and directions, bound as Triton binds them: the key under which it keeps kernels.
