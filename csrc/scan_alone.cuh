@@ -23,9 +23,10 @@ HOST_DEVICE int shared_stride(int chunks) {
 template <class Cell>
 constexpr int ALONE_MOST_CHUNKS = Cell::GATES == 1 ? 8 : 4;
 
-// Whether what a step reads is loaded one step ahead. With two tiles there are no registers for it.
-template <int TILES>
-constexpr bool AHEAD = TILES == 1;
+// Whether what a step reads is loaded one step ahead. With two tiles, or three products for one, there are no registers
+// for it.
+template <class T, int TILES>
+constexpr bool AHEAD = TILES == 1 && !std::is_same<T, Float32>::value;
 
 // Elements of two neighbouring units.
 template <class T>
@@ -178,13 +179,13 @@ DEVICE void forward_alone(const Arguments& p) {
     clear_shared(2 * copy);
     block_sync();
     Step step = step_at(p, time_of<false>(p, at.group, 0));
-    if (AHEAD<TILES>) load_gates(step, coming);
+    if (AHEAD<T, TILES>) load_gates(step, coming);
     share_state(step, shared);
     block_sync();
 
     for (int count = 0; count < p.steps; ++count) {
         const Step next = step_at(p, time_of<false>(p, at.group, count + 1 < p.steps ? count + 1 : count));
-        if (AHEAD<TILES>) {
+        if (AHEAD<T, TILES>) {
             UNROLLED (int tile = 0; tile < TILES; ++tile)
                 UNROLLED (int j = 0; j < 2; ++j)
                     UNROLLED (int gate = 0; gate < GATES; ++gate) gates_x[tile][j][gate] = coming[tile][j][gate];
@@ -272,6 +273,9 @@ DEVICE void backward_alone(const Arguments& p) {
         Pair<T> saved[SAVED], hidden_prev, cell_prev, d_output;
     };
     Inputs inputs[TILES][2], coming[TILES][2];
+    const auto gradient_at = [&](const void* gradient, int64_t row, int there) {
+        return load_pair(static_cast<const T*>(gradient) + element_of(p, at, row), gradient != nullptr ? there : 0);
+    };
     const auto load_inputs = [&](const Step& step, Inputs(&into)[TILES][2]) {
         UNROLLED (int tile = 0; tile < TILES; ++tile)
             UNROLLED (int j = 0; j < 2; ++j) {
@@ -286,8 +290,7 @@ DEVICE void backward_alone(const Arguments& p) {
                     in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
                 if (Cell::HAS_CELL)
                     in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
-                in.d_output = load_pair(static_cast<const T*>(p.output) + element_of(p, at, row),
-                                        p.output != nullptr ? there : 0);
+                if (AHEAD<T, TILES>) in.d_output = gradient_at(p.output, row, there);
             }
     };
     // dh += W^T dgates of the step before, which copy `count & 1` holds.
@@ -306,12 +309,12 @@ DEVICE void backward_alone(const Arguments& p) {
 
     clear_shared(2 * copy);
     Step step = step_at(p, time_of<true>(p, at.group, 0));
-    if (AHEAD<TILES>) load_inputs(step, coming);
+    if (AHEAD<T, TILES>) load_inputs(step, coming);
     block_sync();
 
     for (int count = 0; count < p.steps; ++count) {
         const Step next = step_at(p, time_of<true>(p, at.group, count + 1 < p.steps ? count + 1 : count));
-        if (AHEAD<TILES>) {
+        if (AHEAD<T, TILES>) {
             UNROLLED (int tile = 0; tile < TILES; ++tile)
                 UNROLLED (int j = 0; j < 2; ++j) inputs[tile][j] = coming[tile][j];
             load_inputs(next, coming);
@@ -329,14 +332,16 @@ DEVICE void backward_alone(const Arguments& p) {
                 if (!ran[tile][j]) continue;
                 reset[tile][j] = is_reset(p, row, at.group);
                 const Inputs& in = inputs[tile][j];
+                const Pair<T> d_output = AHEAD<T, TILES> ? in.d_output : gradient_at(p.output, row, at.there);
+                Pair<T> d_cells = {};
+                if (Cell::HAS_CELL) d_cells = gradient_at(p.cells, row, at.there);
                 float d[2][SAVED];
                 UNROLLED (int i = 0; i < 2; ++i) {
                     const auto one = [i](const Pair<T>& pair) { return to_float(i ? pair.second : pair.first); };
                     float saved[SAVED];
                     UNROLLED (int block = 0; block < SAVED; ++block) saved[block] = one(in.saved[block]);
-                    dh[tile][j][i] += one(in.d_output);
-                    if (Cell::HAS_CELL && p.cells != nullptr && i < at.there)
-                        dc[tile][j][i] += to_float(static_cast<const T*>(p.cells)[element_of(p, at, row) + i]);
+                    dh[tile][j][i] += one(d_output);
+                    if (Cell::HAS_CELL) dc[tile][j][i] += one(d_cells);
                     Cell::template backward<T::EXACT>(p.variant, saved, Cell::HAS_BIAS_HN ? one(in.hidden_prev) : 0.0f,
                                                       Cell::HAS_CELL ? one(in.cell_prev) : 0.0f, dh[tile][j][i],
                                                       dc[tile][j][i], d[i]);

@@ -4,7 +4,6 @@ Regime S: one block has all hidden units of some sequences, with their weights i
 spread over many blocks that wait for each other, so that all must be resident: ``can_run`` asks what the device has.
 """
 
-import contextlib
 import functools
 import importlib
 import threading
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gpu_layer
-from .gpu_layer import Backward, Forward, Scan, direction_bits
+from .gpu_layer import Backward, Forward, Scan, direction_bits, on
 
 # Sequences of a tile of the batch; hidden units of a block of regime L.
 COLUMNS, UNITS = 8, 16
@@ -158,7 +157,7 @@ def _run(scan: Scan, backward: bool, weights: Tensor, state, exchanged: Tensor, 
             initial[:, :, :size] = hidden
     reverse, period = direction_bits(scan.reverse)
     on_gpu = device.type == "cuda"
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+    with on(device):
         _library().scan(
             cell=scan.cell,
             type=kind,
@@ -199,6 +198,7 @@ def _forward_scan(scan: Scan, tensors: Forward) -> None:
         gates=tensors.gates,
         hidden_prev=tensors.hidden_prev,
         cell_prev=tensors.cell_prev,
+        cells=tensors.cells,
         dgates=None,
     )
 
@@ -218,6 +218,7 @@ def _backward_scan(scan: Scan, tensors: Backward) -> None:
         gates=tensors.gates,
         hidden_prev=tensors.hidden_prev,
         cell_prev=tensors.cell_prev,
+        cells=tensors.d_cells,
         dgates=tensors.dgates,
     )
 

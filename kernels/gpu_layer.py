@@ -1,8 +1,9 @@
-"""A whole layer on a GPU but for its time loop, which the Triton and the CUDA backend have each their own of.
+"""A whole layer on a GPU but for its time loops, of which the Triton and the CUDA backend have each their own.
 
 torch's matrix products make the input projection and the gradients of the input and the weights.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..reference import CELLS
 
 
 class Scan(NamedTuple):
-    """What a time loop of either pass is told besides its tensors. Those are contiguous."""
+    """What the time loops of both passes are told, besides their tensors."""
 
     cell: str
     hidden_size: int
@@ -26,12 +27,12 @@ class Scan(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     reverse: tuple[int, ...]
-    offsets: Tensor | None  # (T + 1,) on the device: first rows of all time steps, and the end, if batch sizes differ
+    offsets: Tensor | None  # (T + 1,) int64: first rows of all time steps, and the end, if batch sizes differ
     resets: Tensor | None  # (rows, D) bytes
 
 
 class Forward(NamedTuple):
-    """The tensors of a forward loop; see ``ops``. hidden and cell, in float32 or better, are replaced by the last."""
+    """The tensors of a forward loop; see ``ops``. It replaces hidden and cell, of float32 or better, by the last."""
 
     gates_x: Tensor  # (rows, D, G*H)
     weight_hh: Tensor  # (D, G*H, H)
@@ -42,12 +43,13 @@ class Forward(NamedTuple):
     gates: Tensor | None
     hidden_prev: Tensor | None
     cell_prev: Tensor | None
+    cells: Tensor | None  # (rows, D*H)
 
 
 class Backward(NamedTuple):
-    """The tensors of a backward loop. d_hidden and d_cell, of the last state, are replaced by those of the first.
+    """The tensors of a backward loop. It replaces d_hidden and d_cell, of the last state, by those of the first.
 
-    dgates (rows, D, S*H) are gradients before activation; the GRU's are n on the input's side, r, z, n on the hidden
+    dgates (rows, D, S*H) are gradients before activation. The GRU's are n on the input's side, r, z, n on the hidden
     state's side, so that those of each side are neighbours.
     """
 
@@ -55,6 +57,7 @@ class Backward(NamedTuple):
     hidden_prev: Tensor
     cell_prev: Tensor | None
     d_output: Tensor | None
+    d_cells: Tensor | None
     weight_hh: Tensor
     dgates: Tensor
     d_hidden: Tensor
@@ -72,28 +75,58 @@ def direction_bits(reverse: tuple[int, ...]) -> tuple[int, int]:
     )
 
 
-def plain(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as kernels read it: by its address alone, row after row."""
-    return None if tensor is None else tensor.contiguous().resolve_neg()
-
-
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
-
-
-def offsets(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
+def _offsets(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
     """First rows of all time steps, and the end, if batch sizes differ."""
     if batch_sizes is None:
         return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _offsets_written_there(batch_sizes, device)
     zero = batch_sizes.new_zeros(1)
     return torch.cat([zero, batch_sizes.cumsum(0)]).to(device, non_blocking=True)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def _offsets_written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """The same with no copy from the host: a CUDA graph would read that memory again at every replay, or refuses it.
+
+    One small kernel writes the steps of each batch size; its numbers are arguments, which a graph keeps.
+    """
+    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, device=device)
+    step = row = 0
+    runs = torch.unique_consecutive(batch_sizes, return_counts=True)
+    for size, steps in zip(*(run.tolist() for run in runs), strict=True):
+        row += size * steps
+        torch.arange(row - size * (steps - 1), row + 1, size, out=offsets[step + 1 : step + steps + 1])
+        step += steps
+    return offsets
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it: by its address alone, row after row.
+
+    And from a multiple of 16 bytes, as all that torch allocates: for other addresses, which parts of a larger tensor
+    may have, Triton would compile a second kernel with narrower loads.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous().resolve_neg()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _as_bytes(resets: Tensor | None) -> Tensor | None:
+    return None if resets is None else plain(resets).view(torch.uint8)
+
+
+def on(device: torch.device):
+    """Makes ``device`` the one to launch on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, and of states from step to step."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def project(cell, x, weight_ih, bias_ih, bias_hh) -> tuple[Tensor, Tensor | None]:
+def _project(cell, x, weight_ih, bias_ih, bias_hh) -> tuple[Tensor, Tensor | None]:
     """gates_x (rows, D, G*H), W_ih x with all biases that may be added before the time loop, and bias_hn (D, H)."""
     groups, gate_size, input_size = weight_ih.shape
     rows, sources, _ = x.shape
@@ -115,7 +148,7 @@ def project(cell, x, weight_ih, bias_ih, bias_hh) -> tuple[Tensor, Tensor | None
     return (gates_x if bias is None else gates_x + bias).contiguous(), bias_hn
 
 
-def without_autocast(function):
+def _without_autocast(function):
     """The products here are as exact as the tensors: autocast has had its say when the layer was called."""
 
     @functools.wraps(function)
@@ -130,10 +163,16 @@ def without_autocast(function):
 
 
 def _state(tensor: Tensor) -> Tensor:
-    return tensor.to(_accumulator(tensor.dtype), copy=True, memory_format=torch.contiguous_format)
+    return tensor.to(accumulator(tensor.dtype), copy=True, memory_format=torch.contiguous_format)
 
 
-@without_autocast
+def _scan(cell, x, groups, batch, size, batch_sizes, reverse, resets) -> Scan:
+    steps = x.shape[0] // batch if batch_sizes is None else len(batch_sizes)
+    offsets = _offsets(batch_sizes, x.device)
+    return Scan(cell, size, groups, batch, steps, x.dtype, x.device, tuple(reverse), offsets, _as_bytes(resets))
+
+
+@_without_autocast
 def layer_forward(
     run: Callable[[Scan, Forward], None],
     cell: str,
@@ -149,9 +188,13 @@ def layer_forward(
     reverse: list[int],
     save: bool,
     resets: Tensor | None = None,
+    cells: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Run a layer with ``run`` for its time loop; see ``fastrnn.ops`` for shapes. Absent results are None."""
-    rows, dtype = x.shape[0], x.dtype
+    """Run a layer, with ``run`` for its time loop; see ``fastrnn.ops`` for shapes.
+
+    Absent results are None; without ``cells`` there are six.
+    """
+    rows = x.shape[0]
     groups, batch, size = h0.shape
     hidden, cell_state = _state(h0), None if c0 is None else _state(c0)
     output = x.new_empty(rows, groups * size)
@@ -160,20 +203,19 @@ def layer_forward(
         gates = x.new_empty(rows, groups, CELLS[cell].saved * size)
         hidden_prev = x.new_empty(rows, groups, size)
         cell_prev = None if c0 is None else x.new_empty(rows, groups, size)
+    all_cells = x.new_empty(rows, groups * size) if cells else None
     if rows and size:
-        gates_x, bias_hn = project(cell, x, weight_ih, bias_ih, bias_hh)
+        gates_x, bias_hn = _project(cell, x, weight_ih, bias_ih, bias_hh)
         if resets is not None:
-            zero_before_first_step(resets, reverse, (hidden, cell_state))
-        steps = rows // batch if batch_sizes is None else len(batch_sizes)
-        own = offsets(batch_sizes, x.device)
-        scan = Scan(cell, size, groups, batch, steps, dtype, x.device, tuple(reverse), own, as_bytes(resets))
-        state = plain(bias_hn), hidden, cell_state
-        run(scan, Forward(gates_x, plain(weight_hh), *state, output, gates, hidden_prev, cell_prev))
-    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
-    return tuple(None if result is None else result.to(dtype) for result in results)
+            zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
+        scan = _scan(cell, x, groups, batch, size, batch_sizes, reverse, resets)
+        weights, state = (gates_x, plain(weight_hh), plain(bias_hn)), (hidden, cell_state)
+        run(scan, Forward(*weights, *state, output, gates, hidden_prev, cell_prev, all_cells))
+    results = (output, hidden, cell_state, gates, hidden_prev, cell_prev, *((all_cells,) if cells else ()))
+    return tuple(None if result is None else result.to(x.dtype) for result in results)
 
 
-def weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
+def _weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
     """(examples, D, C, K) from gradients (rows, D, C) and sources (rows, S, K)."""
     rows, groups, columns = d_out.shape
     sources, depth = source.shape[1:]
@@ -182,12 +224,12 @@ def weight_gradient(d_out: Tensor, source: Tensor, examples: int) -> Tensor:
     return torch.bmm(d_out.permute(1, 2, 0), source.transpose(0, 1)).view(examples, groups, columns, depth)
 
 
-def bias_gradient(d_out: Tensor, examples: int) -> Tensor:
+def _bias_gradient(d_out: Tensor, examples: int) -> Tensor:
     rows, groups, columns = d_out.shape
     return d_out.reshape(rows // examples, examples, groups, columns).sum(0)
 
 
-@without_autocast
+@_without_autocast
 def layer_backward(
     run: Callable[[Scan, Backward], None],
     cell: str,
@@ -207,15 +249,19 @@ def layer_backward(
     examples: int,
     needs: list[bool],
     resets: Tensor | None,
+    d_cells: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Back-propagate through a layer; see ``fastrnn.ops`` for shapes. Absent results are None."""
+    """Back-propagate through a layer, with ``run`` for its time loop; see ``fastrnn.ops`` for shapes.
+
+    Absent results are None.
+    """
     rows, sources, input_size = x.shape
     groups, gate_size, size = weight_hh.shape
 
     def state_gradient(tensor):
         if tensor is None:
-            return x.new_zeros(groups, batch, size, dtype=_accumulator(x.dtype))
+            return x.new_zeros(groups, batch, size, dtype=accumulator(x.dtype))
         return _state(tensor)
 
     gates, hidden_prev, cell_prev = plain(gates), plain(hidden_prev), plain(cell_prev)
@@ -224,11 +270,9 @@ def layer_backward(
     # not in place of the gates: threads of a program may read a value again that another has replaced by then
     dgates = torch.empty_like(gates)
     if rows and size:
-        steps = rows // batch if batch_sizes is None else len(batch_sizes)
-        own = offsets(batch_sizes, x.device)
-        scan = Scan(cell, size, groups, batch, steps, x.dtype, x.device, tuple(reverse), own, as_bytes(resets))
-        reserve = gates, hidden_prev, cell_prev
-        run(scan, Backward(*reserve, plain(d_output), plain(weight_hh), dgates, d_hidden, d_cell))
+        scan = _scan(cell, x, groups, batch, size, batch_sizes, reverse, resets)
+        reserve, gradients = (gates, hidden_prev, cell_prev), (plain(d_output), plain(d_cells))
+        run(scan, Backward(*reserve, *gradients, plain(weight_hh), dgates, d_hidden, d_cell))
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, _ = needs
     dgates_x, dgates_h = dgates[:, :, :gate_size], dgates[:, :, -gate_size:]
@@ -240,15 +284,15 @@ def layer_backward(
         by_source = dgates_x.reshape(rows, sources, groups // sources * gate_size).transpose(0, 1)
         dx = torch.bmm(by_source, weight.reshape(sources, -1, input_size)).transpose(0, 1).contiguous()
     if needs_weight_ih:
-        d_weight_ih = weight_gradient(dgates_x, x, examples)
+        d_weight_ih = _weight_gradient(dgates_x, x, examples)
         d_weight_ih = d_weight_ih.roll(-turn, 2) if turn else d_weight_ih
     if needs_bias_ih:
-        d_bias_ih = bias_gradient(dgates_x, examples)
+        d_bias_ih = _bias_gradient(dgates_x, examples)
         d_bias_ih = d_bias_ih.roll(-turn, 2) if turn else d_bias_ih
     if needs_weight_hh:
-        d_weight_hh = weight_gradient(dgates_h, hidden_prev, examples)
+        d_weight_hh = _weight_gradient(dgates_h, hidden_prev, examples)
     if needs_bias_hh:
         # a copy: gradients that share memory would be scaled twice by an optimizer that works in place
-        d_bias_hh = bias_gradient(dgates_h, examples) if turn or d_bias_ih is None else d_bias_ih.clone()
+        d_bias_hh = _bias_gradient(dgates_h, examples) if turn or d_bias_ih is None else d_bias_ih.clone()
     dc0 = None if d_cell is None else d_cell.to(x.dtype)
     return dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, None, d_hidden.to(x.dtype), dc0

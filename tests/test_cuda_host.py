@@ -7,6 +7,7 @@ import cuda_host
 import pytest
 import torch
 from helpers import assert_same_as_torch, assert_within_rule, make_pair, random_packed, random_state, run
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn.kernels import cuda_scan
@@ -114,11 +115,28 @@ def test_resets(host, cell, way):
         return [output.detach(), input.grad, *(weight.grad for weight in ours.parameters())]
 
     with cuda_host.cut(*WAYS[way]):
-        results = zip(once("cuda", torch.bfloat16), once("reference", torch.bfloat16), strict=True)
-    for index, (mine, theirs, exact) in enumerate(
-        (*pair, exact) for pair, exact in zip(results, once("reference", torch.float64), strict=True)
-    ):
-        assert_within_rule(mine, theirs, exact, f"tensor {index}")
+        mine = once("cuda", torch.bfloat16)
+    theirs, exact = once("reference", torch.bfloat16), once("reference", torch.float64)
+    for index, three in enumerate(zip(mine, theirs, exact, strict=True)):
+        assert_within_rule(*three, f"tensor {index}")
+
+
+@pytest.mark.parametrize("way", ["alone-1", "alone-2", "spread-1"])
+def test_cell_states(host, way):
+    def once(backend, dtype):
+        ours, _, input, hx = make_case("lstm", "H33-B3-T4-both-packed", torch.bfloat16, 2)
+        ours, hx = ours.to(dtype), tuple(part.to(dtype) for part in hx)
+        data = input.data.to(dtype).requires_grad_()
+        with fastrnn.use_backend(backend):
+            _, _, cells = ours(PackedSequence(data, *input[1:]), hx, return_cells=True)
+        cells.data.float().square().sum().backward()
+        return [cells.data.detach(), data.grad, *(weight.grad for weight in ours.parameters())]
+
+    with cuda_host.cut(*WAYS[way]):
+        mine = once("cuda", torch.bfloat16)
+    theirs, exact = once("reference", torch.bfloat16), once("reference", torch.float64)
+    for index, three in enumerate(zip(mine, theirs, exact, strict=True)):
+        assert_within_rule(*three, f"tensor {index}")
 
 
 def test_weights_that_registers_have_no_room_for(folder):
