@@ -38,8 +38,10 @@ class Packing(NamedTuple):
             state = torch.cat([state, torch.zeros_like(state)], 1)
         return state.index_select(1, self.order)
 
-    def unpack_state(self, state: Tensor, batch: int) -> Tensor:
-        return state.index_select(1, self.order.argsort()[:batch])
+    def unpack_states(self, states: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+        """(., S, .) to (., B, .) each."""
+        places = self.order.argsort()[:batch]
+        return tuple(state.index_select(1, places) for state in states)
 
 
 def _unmapped(tensor: Tensor) -> Tensor | None:
@@ -78,8 +80,9 @@ def checked(lengths, input: Tensor, steps: int, shape: tuple[int, ...]) -> Tenso
         plain = lengths
         while torch._C._functorch.is_functorch_wrapped_tensor(plain):
             plain = torch._C._functorch.get_unwrapped(plain)
-        wrong = plain[(plain < 0) | (plain > steps)].tolist() if type(plain) is Tensor else []
-        if wrong:
+        least, most = plain.aminmax() if type(plain) is Tensor else (0, steps)
+        if least < 0 or most > steps:
+            wrong = plain[(plain < 0) | (plain > steps)].tolist()
             raise ValueError(f"lengths should be between 0 and the input's {steps} time steps, got {wrong[:20]}")
     return lengths
 

@@ -285,7 +285,7 @@ class _Layer(nn.RNNBase):
         results = [output] if cells is None else [output, cells]
         if packing is not None:
             results = [packing.unpack(result) for result in results]
-            final = tuple(packing.unpack_state(part, batch) for part in final)
+            final = packing.unpack_states(final, batch)
         if unbatched:
             final = tuple(part.squeeze(1) for part in final)
         output, *cells = (self._laid_out(result, batch, unbatched) for result in results)
