@@ -272,26 +272,27 @@ DEVICE void backward_alone(const Arguments& p) {
     struct Inputs {
         Pair<T> saved[SAVED], hidden_prev, cell_prev, d_output;
     };
-    Inputs inputs[TILES][2], coming[TILES][2];
     const auto gradient_at = [&](const void* gradient, int64_t row, int there) {
         return load_pair(static_cast<const T*>(gradient) + element_of(p, at, row), gradient != nullptr ? there : 0);
     };
-    const auto load_inputs = [&](const Step& step, Inputs(&into)[TILES][2]) {
+    const auto load_inputs = [&](const Step& step, int tile, int j) {
+        const int sequence = at.sequence + tile * COLUMNS + j;
+        const int64_t row = step.first + sequence;
+        const int there = sequence < step.running ? at.there : 0;
+        Inputs in = {};
+        UNROLLED (int block = 0; block < SAVED; ++block)
+            in.saved[block] = load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there);
+        if (Cell::HAS_BIAS_HN)
+            in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
+        if (Cell::HAS_CELL)
+            in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
+        in.d_output = gradient_at(p.output, row, there);
+        return in;
+    };
+    Inputs inputs[TILES][2] = {};
+    const auto load_ahead = [&](const Step& step) {
         UNROLLED (int tile = 0; tile < TILES; ++tile)
-            UNROLLED (int j = 0; j < 2; ++j) {
-                const int sequence = at.sequence + tile * COLUMNS + j;
-                const int64_t row = step.first + sequence;
-                const int there = sequence < step.running ? at.there : 0;
-                Inputs& in = into[tile][j];
-                UNROLLED (int block = 0; block < SAVED; ++block)
-                    in.saved[block] =
-                        load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there);
-                if (Cell::HAS_BIAS_HN)
-                    in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
-                if (Cell::HAS_CELL)
-                    in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
-                if (AHEAD<T, TILES>) in.d_output = gradient_at(p.output, row, there);
-            }
+            UNROLLED (int j = 0; j < 2; ++j) inputs[tile][j] = load_inputs(step, tile, j);
     };
     // dh += W^T dgates of the step before, which copy `count & 1` holds.
     const auto add_products = [&](int count) {
@@ -309,17 +310,16 @@ DEVICE void backward_alone(const Arguments& p) {
 
     clear_shared(2 * copy);
     Step step = step_at(p, time_of<true>(p, at.group, 0));
-    if (AHEAD<T, TILES>) load_inputs(step, coming);
+    if (AHEAD<T, TILES>) load_ahead(step);
     block_sync();
 
     for (int count = 0; count < p.steps; ++count) {
         const Step next = step_at(p, time_of<true>(p, at.group, count + 1 < p.steps ? count + 1 : count));
+        Inputs now[TILES][2];
         if (AHEAD<T, TILES>) {
             UNROLLED (int tile = 0; tile < TILES; ++tile)
-                UNROLLED (int j = 0; j < 2; ++j) inputs[tile][j] = coming[tile][j];
-            load_inputs(next, coming);
-        } else {
-            load_inputs(step, inputs);
+                UNROLLED (int j = 0; j < 2; ++j) now[tile][j] = inputs[tile][j];
+            load_ahead(next);
         }
         add_products(count);
 
@@ -331,8 +331,7 @@ DEVICE void backward_alone(const Arguments& p) {
                 ran[tile][j] = sequence < step.running;
                 if (!ran[tile][j]) continue;
                 reset[tile][j] = is_reset(p, row, at.group);
-                const Inputs& in = inputs[tile][j];
-                const Pair<T> d_output = AHEAD<T, TILES> ? in.d_output : gradient_at(p.output, row, at.there);
+                const Inputs in = AHEAD<T, TILES> ? now[tile][j] : load_inputs(step, tile, j);
                 Pair<T> d_cells = {};
                 if (Cell::HAS_CELL) d_cells = gradient_at(p.cells, row, at.there);
                 float d[2][SAVED];
@@ -340,7 +339,7 @@ DEVICE void backward_alone(const Arguments& p) {
                     const auto one = [i](const Pair<T>& pair) { return to_float(i ? pair.second : pair.first); };
                     float saved[SAVED];
                     UNROLLED (int block = 0; block < SAVED; ++block) saved[block] = one(in.saved[block]);
-                    dh[tile][j][i] += one(d_output);
+                    dh[tile][j][i] += one(in.d_output);
                     if (Cell::HAS_CELL) dc[tile][j][i] += one(d_cells);
                     Cell::template backward<T::EXACT>(p.variant, saved, Cell::HAS_BIAS_HN ? one(in.hidden_prev) : 0.0f,
                                                       Cell::HAS_CELL ? one(in.cell_prev) : 0.0f, dh[tile][j][i],
