@@ -35,11 +35,18 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
         UserWarning: a subclass of a recurrent module was left alone, for it may override anything.
 
     Raises:
-        ValueError: ``to`` is neither "fastrnn" nor "torch".
+        ValueError: ``to`` is neither "fastrnn" nor "torch", or a layer has options that torch.nn does not have; the
+            model is then as it was.
     """
     if to not in ("fastrnn", "torch"):
         raise ValueError(f'convert to "fastrnn" or "torch", got {to!r}')
     targets = _PAIRS if to == "fastrnn" else {ours: theirs for theirs, ours in _PAIRS.items()}
+    for name, module in model.named_modules():
+        if to == "torch" and type(module) in targets and getattr(module, "options", None) is not None:
+            raise ValueError(
+                f"torch.nn.{type(module).__name__} has no {' and no '.join(module.options.names)}: "
+                f"{name or 'the module'} cannot be converted to it"
+            )
     replacements = {
         module: _twin(module, targets[type(module)]) for module in model.modules() if type(module) in targets
     }

@@ -25,8 +25,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from . import ops, reference
-from .reference import CELLS
+from . import ops, recurrence, reference
+from .reference import CELLS, Extras
 
 
 class _Config(NamedTuple):
@@ -563,6 +563,7 @@ def layer(
     reverse: list[int],
     checkpoint: int | None = None,
     resets: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -581,11 +582,14 @@ def layer(
         checkpoint: keep the state every so many time steps, and compute again what lies between; None keeps all.
             Where a transform, a tracer or torch.compile looks on, all is kept.
         resets: (rows, D) bool, for a dense input: whether the state of a group is zero before the step of a row.
+        extras: what the step computes with beyond torch.nn's tensors; then all is kept, whatever ``checkpoint`` says.
 
     Returns:
         output (rows, D*H'), h_n like h0, and for the LSTM c_n like c0. All of x's dtype.
     """
     inputs = _Inputs(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    if extras is not None:
+        return recurrence.layer(backend, cell, _grouped(inputs), batch_sizes, reverse, resets, extras)
     if checkpoint is not None and checkpoint < 1:
         raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {checkpoint}")
     transformed = torch._C._are_functorch_transforms_active()

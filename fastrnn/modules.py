@@ -17,6 +17,8 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
+from . import options as of_options
+from .options import Options
 from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -89,6 +91,8 @@ class _Layer(nn.RNNBase):
     """What the three layers share; ``_torch`` is the torch.nn class that a subclass stands in for."""
 
     _torch: ClassVar[type[nn.RNNBase]]
+    # What the module does beyond torch.nn's, None for nothing.
+    options: Options | None = None
 
     @property
     def checkpoint(self) -> int | None:
@@ -100,10 +104,54 @@ class _Layer(nn.RNNBase):
         counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if value is not None and not counts:
             raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {value!r}")
+        of_options.refuse_checkpoint(self.options, value)
         self.__dict__["_checkpoint"] = value
+
+    def _set_options(self, options: Options, checkpoint: int | None) -> None:
+        """The end of a constructor: check what torch.nn does not know, and make its parameters."""
+        options = of_options.checked(options, self.mode, self.hidden_size)
+        if options is not None:
+            self.options = options
+        self.checkpoint = checkpoint
+        if options is None:
+            return
+        like = self.weight_ih_l0
+        for name, (_, size) in self._further_parameters().items():
+            self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+        self._reset_further_parameters()
+
+    def _further_parameters(self) -> dict[str, tuple[str, int]]:
+        """Names of the parameters that torch.nn does not have, each with its role and length."""
+        sizes = of_options.parameter_sizes(self.options, self.mode, self.hidden_size)
+        return {
+            f"{role}_l{layer}{suffix}": (role, size)
+            for layer in range(self.num_layers)
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
+            for role, size in sizes.items()
+        }
+
+    def _reset_further_parameters(self) -> None:
+        bound = self.hidden_size**-0.5
+        for name, (role, _) in self._further_parameters().items():
+            if "_ln_" in role:
+                nn.init.constant_(getattr(self, name), role.startswith("weight"))
+            else:
+                nn.init.uniform_(getattr(self, name), -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: uniform up to 1 / sqrt(hidden_size); layer normalization begins with 1 and 0."""
+        if self.options is None:
+            super().reset_parameters()
+            return
+        bound = self.hidden_size**-0.5
+        for name in self._flat_weights_names:
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+        self._reset_further_parameters()
 
     def extra_repr(self) -> str:
         more = "" if self.checkpoint is None else f", checkpoint={self.checkpoint}"
+        if self.options is not None:
+            more += f", {self.options}"
         return super().extra_repr() + more
 
     # torch keeps lists of its weights that go stale (after functional_call, deepcopy, a parametrization). Here they are
@@ -141,7 +189,8 @@ class _Layer(nn.RNNBase):
         """The fields of this module's ``dispatch.Call``."""
         directions = 2 if self.bidirectional else 1
         cell = self.mode.lower()
-        return cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
+        call = cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
+        return call if self.options is None else (*call, self.options.in_effect(self.training))
 
     def _weights(self) -> list[list[Tensor | None]]:
         """Per layer and direction: weight_ih, weight_hh, then the biases and weight_hr as far as there are any."""
@@ -190,11 +239,12 @@ class _Layer(nn.RNNBase):
         """
         if isinstance(input, torch.fx.Proxy):
             return _as_call_module(self, input, hx, resets)
-        prepared = self._prepare(input, hx, resets is not None)
+        prepared = self._prepare(input, hx, resets is not None or self.options is not None)
         if prepared is None:
             result = self._torch.forward(self, input, hx)
-            if resets is not None:
-                raise ValueError("resets need an input of torch.nn's ordinary form, with at least one element")
+            if resets is not None or self.options is not None:
+                what = "resets need" if resets is not None else f"a layer with {self.options} needs"
+                raise ValueError(f"{what} an input of torch.nn's ordinary form, with at least one element")
             return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
         if resets is not None:
@@ -303,17 +353,33 @@ class _Layer(nn.RNNBase):
                 merged = [None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)]
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
             h0, c0 = (*initial, None)[:2]
+            below, extras = rows, None
+            if self.options is not None:
+                weight_hh = of_options.recurrent_weight(self.options, weight_hh, self.training)
+                extras = self._extras(layer, initial, rows.shape[0], batch_sizes, resets)
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
-                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets),
+                *(h0, c0, batch_sizes, reverse, self.checkpoint, resets, extras),
             )
             finals.append(final)
+            if layer and self.options is not None and self.options.residual:
+                rows = rows + below.view_as(rows)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 # over the flat rows: the same mask as torch's from the same seed
                 rows = nn.functional.dropout(rows, self.dropout, True)
         if self.num_layers == 1:
             return rows, tuple(finals[0])
         return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+    def _extras(self, layer: int, state, rows: int, batch_sizes, resets):
+        """What the options of one layer add to a call, None for nothing; ``state`` is the layer's, cast as needed."""
+        suffixes = ("", "_reverse")[: 2 if self.bidirectional else 1]
+        roles = of_options.parameter_sizes(self.options, self.mode, self.hidden_size)
+        parameters = {
+            role: torch.stack([_cast(getattr(self, f"{role}_l{layer}{suffix}"), state[0].dtype) for suffix in suffixes])
+            for role in roles
+        }
+        return of_options.extras(self.options, parameters, state, rows, batch_sizes, resets, self.training)
 
 
 def _by_role(group: list[Tensor], bias: bool) -> list[Tensor | None]:
@@ -360,8 +426,26 @@ class RNN(_Layer):
             in the backward pass (Chen et al. 2016): one more forward pass of time, and memory for input, output and
             one such piece. None keeps everything; so do ``torch.compile``, ``torch.func`` and the backend "torch".
 
+    What torch.nn does not have, by keyword only; combinations that have no meaning raise:
+
+        recurrent_dropout: in training, probability of dropping a unit of h where W_hh reads it: one mask a call, layer
+            and sequence, the same at all of its time steps (Gal and Ghahramani 2016).
+        zoneout: in training, probability that a unit keeps its old state in a time step; in ``eval()`` the share of the
+            old state in the new one (Krueger et al. 2017). For the LSTM also a pair, of c and of h; h is made from the
+            new c before its zoneout.
+        weight_dropout: in training, probability of dropping a weight of W_hh, one mask a call (Merity et al. 2018).
+        layer_norm: W_ih x and W_hh h are each normalized over all of their values and scaled by ``weight_ln_ih_l0``,
+            ``bias_ln_ih_l0``, ``weight_ln_hh_l0`` and ``bias_ln_hh_l0`` (G*H,), the biases are added after that, and
+            the LSTM's c' is normalized before its tanh, by ``weight_ln_c_l0`` and ``bias_ln_c_l0`` (H,) (Ba et al.
+            2016, equations 20 to 22). Suffixes are those of the other parameters.
+        residual: from the second layer on, a layer's input is added to its output.
+        periods: clockwork (Koutník et al. 2014, RNN only): the units in as many equal groups, of which one with period
+            p moves in the time steps t with t % p == 0 and reads units of its own or longer periods. t counts from the
+            first step of a call's sequence, or its last reset, in both directions.
+
     Raises:
-        ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages.
+        ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages; and for an option of a wrong
+            type or range, or one that does not go with another.
     """
 
     _torch = nn.RNN
@@ -380,6 +464,12 @@ class RNN(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        residual: bool = False,
+        periods: tuple[int, ...] | None = None,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -392,14 +482,25 @@ class RNN(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            residual=residual,
+            periods=periods,
+        )
+        self._set_options(options, checkpoint)
 
 
 class GRU(_Layer):
     """Drop-in for ``torch.nn.GRU`` (Cho et al. 2014, reset gate behind the recurrent product as in cuDNN).
 
     ``r = σ(..)``, ``z = σ(..)``, ``n = tanh(W_in x + b_in + r ⊙ (W_hn h + b_hn))``, ``h' = (1 - z) ⊙ n + z ⊙
-    h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``.
+    h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity`` and ``periods``, and
+
+        reset_after: by keyword only; False puts the reset gate before the product, as the textbook has it:
+            ``n = tanh(W_in x + b_in + W_hn (r ⊙ h) + b_hn)``. ``fastrnn.gru_from_keras`` maps Keras's weights.
     """
 
     _torch = nn.GRU
@@ -417,6 +518,12 @@ class GRU(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        reset_after: bool = True,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        residual: bool = False,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -426,15 +533,26 @@ class GRU(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            reset_after=reset_after,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            residual=residual,
+        )
+        self._set_options(options, checkpoint)
 
 
 class LSTM(_Layer):
     """Drop-in for ``torch.nn.LSTM`` (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
 
     ``c' = f ⊙ c + i ⊙ g``, ``h' = o ⊙ tanh(c')``, and with ``proj_size`` P > 0 ``h' = W_hr h'`` of P features
-    (Sak et al. 2014). Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``;
-    the state is a pair (h, c).
+    (Sak et al. 2014). Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity`` and
+    ``periods``; the state is a pair (h, c); and
+
+        peephole: by keyword only; i and f also read c, and o reads c', through the diagonal weights ``weight_ci_l0``,
+            ``weight_cf_l0`` and ``weight_co_l0`` (H,) (Gers and Schmidhuber 2000).
     """
 
     _torch = nn.LSTM
@@ -453,6 +571,12 @@ class LSTM(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -460,7 +584,15 @@ class LSTM(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            peephole=peephole,
+            residual=residual,
+        )
+        self._set_options(options, checkpoint)
 
     # torch.nn.LSTM.forward, which runs for calls left to torch, needs these three.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -15,6 +15,7 @@ import torch
 from numba import types
 from torch import Tensor
 
+from ..options import STEP_OPTIONS
 from ..ops import zero_before_first_step
 from . import numba_call as field
 from . import numba_gradients
@@ -432,6 +433,8 @@ def can_run(call) -> str | None:
         return f"it runs on the CPU, the input is on {call.device}"
     if call.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it computes in floating point, the input is {call.dtype}"
+    if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
+        return f"its kernels have no {', '.join(sorted(missing))}"
     return None
 
 

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..options import STEP_OPTIONS
 from ..ops import zero_before_first_step
 from ..reference import CELLS
 from .triton_scan import INTERPRETED, backward_scan, forward_scan
@@ -62,6 +63,8 @@ def can_run(call) -> str | None:
         return f"it computes in floating point, the input is {call.dtype}"
     if call.proj_size:
         return "its kernels have no projections (proj_size)"
+    if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
+        return f"its kernels have no {', '.join(sorted(missing))}"
     return None
 
 
