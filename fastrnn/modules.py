@@ -8,6 +8,7 @@ its errors are ours by construction.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import ClassVar
 
@@ -131,7 +132,7 @@ class _Layer(nn.RNNBase):
         }
 
     def _reset_further_parameters(self) -> None:
-        bound = self.hidden_size**-0.5
+        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
         for name, (role, _) in self._further_parameters().items():
             if "_ln_" in role:
                 nn.init.constant_(getattr(self, name), role.startswith("weight"))
@@ -143,7 +144,7 @@ class _Layer(nn.RNNBase):
         if self.options is None:
             super().reset_parameters()
             return
-        bound = self.hidden_size**-0.5
+        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
         for name in self._flat_weights_names:
             nn.init.uniform_(getattr(self, name), -bound, bound)
         self._reset_further_parameters()

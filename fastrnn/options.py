@@ -71,7 +71,7 @@ def checked(options: Options, mode: str, hidden_size: int) -> Options | None:
     )
     if options.layer_norm and not options.reset_after:
         raise ValueError(
-            "layer_norm normalizes all of W_hh h at once, reset_after=False makes two products of it: choose one of them"
+            "layer_norm normalizes all of W_hh h at once, reset_after=False makes two products of it: choose one"
         )
     return options if options.names else None
 
@@ -147,7 +147,7 @@ def extras(
 
     Args:
         parameters: further parameters by role, (D, .) each.
-        state: h0 (D, B, H') and, for the LSTM, c0 (D, B, H), of the dtype and device that masks should have.
+        state: h0 (D, B, H') and, for the LSTM, c0 (D, B, H).
         rows: time steps of all sequences.
         batch_sizes: of a packed input.
         resets: (rows, D) bool, of a dense input.
@@ -155,6 +155,8 @@ def extras(
     """
     if not STEP_OPTIONS.intersection(options.in_effect(training)):
         return None
+    # masks are of the dtype in which the state goes from step to step
+    state = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in state]
     h0 = state[0]
     recurrent_mask = None
     if options.recurrent_dropout and training:

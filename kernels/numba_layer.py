@@ -15,8 +15,8 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ..options import STEP_OPTIONS
 from ..ops import zero_before_first_step
+from ..options import STEP_OPTIONS
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD

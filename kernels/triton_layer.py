@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..options import STEP_OPTIONS
 from ..ops import zero_before_first_step
+from ..options import STEP_OPTIONS
 from ..reference import CELLS
 from .triton_scan import INTERPRETED, backward_scan, forward_scan
 from .triton_tiles import AMD, HOPPER, WARPS, Limits, choose_tiles
