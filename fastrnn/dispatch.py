@@ -88,6 +88,12 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(_TABLE[name].module)
 
 
+@functools.cache
+def recurrence_kernels() -> ModuleType:
+    """The module with the time loops of steps that are not torch.nn's: Numba's, the only backend that has them."""
+    return importlib.import_module("fastrnn.kernels.numba_recurrence")
+
+
 def backends() -> list[BackendInfo]:
     """All backends in the order in which they are asked: name, whether this machine has it, and why or why not."""
     return [

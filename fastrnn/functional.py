@@ -129,7 +129,7 @@ class Scan(Function):
         return (None, None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n))
 
 
-def _are_plain(cotangents) -> bool:
+def are_plain(cotangents) -> bool:
     """Whether incoming gradients are ordinary tensors: those of ``is_grads_batched=True`` only look so."""
     return is_plain(cotangents) and not any(
         cotangent is not None and torch._C._functorch.is_legacy_batchedtensor(cotangent) for cotangent in cotangents
@@ -139,7 +139,7 @@ def _are_plain(cotangents) -> bool:
 def _is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
     """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-    return not keeps and is_plain((gates,)) and _are_plain(cotangents)
+    return not keeps and is_plain((gates,)) and are_plain(cotangents)
 
 
 def _layer_gradients(ctx, d_output, d_h_n, d_c_n):
@@ -260,7 +260,7 @@ class ScanCheckpointed(Function):
         config = ctx.config._replace(needs=tuple(ctx.needs_input_grad[4:]))
         if d_output is None and d_h_n is None and d_c_n is None:
             gradients = [None] * count
-        elif torch.is_grad_enabled() or not _are_plain((d_output, d_h_n, d_c_n)):
+        elif torch.is_grad_enabled() or not are_plain((d_output, d_h_n, d_c_n)):
             # a graph of this pass is asked for, or it is mapped: that needs the whole reserve
             with torch.no_grad():
                 _, _, _, gates, hidden_prev, cell_prev = _scan(config, batch_sizes, resets, grouped, save=True)
@@ -334,7 +334,7 @@ class ScanBackward(Function):
         return (None, None, None, *gradients[:3], None, None, None, *gradients[3:])
 
 
-def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
+def vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
     """``torch.func.vjp``, but it also runs where saved-tensors hooks are active (``save_on_cpu``, a checkpoint)."""
     if torch._C._are_functorch_transforms_active():
         return torch.func.vjp(function, inputs)[1](cotangents)[0]
@@ -382,7 +382,7 @@ def _second_derivative(
             results = dict(zip(("output", "h_n", "c_n"), results, strict=True))
             return {name: results[name] for name in d_results}
 
-        gradients = _vector_jacobian_product(forward, inputs, d_results)
+        gradients = vector_jacobian_product(forward, inputs, d_results)
         return {name: gradients[name] for name in wanted}
 
     def per_example(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -403,7 +403,7 @@ def _second_derivative(
             for name, g in gradients.items()
         }
 
-    gradients = _vector_jacobian_product(per_example, given, wanted)
+    gradients = vector_jacobian_product(per_example, given, wanted)
     return [gradients.get(name) for name in names]
 
 
