@@ -875,6 +875,8 @@ def forward(
     arrays = _arrays(parameters, masks, dtype)
     arrays |= {field.GATES_X: prepared(gates_x, dtype), field.HIDDEN: hidden, field.CELL: cell_state}
     arrays |= {field.OUTPUT: output, field.RESETS: resets}
+    if cell == "gru" and reset_after and parameters.bias_hn is None:
+        arrays[field.BIAS_HN] = hidden.new_zeros(directions, size)
     if save:
         arrays |= {field.GATES: reserve.gates, field.HIDDEN_PREV: reserve.hidden_prev, field.SCALE: reserve.scale}
         arrays |= {field.CELL_PREV: reserve.cell_prev, field.NORMALIZED: reserve.normalized}
