@@ -65,80 +65,157 @@ def multiply_back(a, a_stride, rows, panels, first, depth, all_depth, columns, o
         multiply_neighbours(a, a_stride, 1, rows, lines, depth, target, out_stride, left, target, out_stride, add)
 
 
+def each_vector(body):
+    """A function that does body(*arguments, j, count) for the vectors of a row: (length of the row, lanes, *arguments).
+
+    Whole vectors and the rest are apart: a constant count makes loads and stores plain ones, and what was stored under
+    a mask is slow to read again.
+    """
+
+    def run(size, vector, *arguments):
+        full = size - size % vector
+        for j in range(0, full, vector):
+            body(*arguments, j, vector)
+        if full < size:
+            body(*arguments, full, size - full)
+
+    run.__qualname__ = f"each_vector.{body.__name__}"  # see named_jit
+    return inline(run)
+
+
+@inline
+def _centre(source, target, mean, squares, j, count):
+    store(target, j, count, load(source, j, count) - mean)
+    # read again: lanes beyond the row's end are zero
+    centred = load(target, j, count)
+    return squares + centred * centred
+
+
+@inline
+def _scaled(target, scale, j, count):
+    store(target, j, count, load(target, j, count) * scale)
+
+
+_each_scaled = each_vector(_scaled)
+
+
 @jit
 def normalize(source, target, columns):
     """target = (source - mean) / deviation, for ``columns`` values; gives 1 / deviation."""
     vector = lanes(source)
-    total = load(source, 0, 0)
-    for j in range(0, columns, vector):
-        total = total + load(source, j, columns - j)
+    full = columns - columns % vector
+    total = load(source, full, columns - full)
+    for j in range(0, full, vector):
+        total = total + load(source, j, vector)
     mean = sum_of(total) / columns
     squares = load(source, 0, 0)
-    for j in range(0, columns, vector):
-        store(target, j, columns - j, load(source, j, columns - j) - mean)
-        # read again: lanes beyond the row's end are zero
-        centred = load(target, j, columns - j)
-        squares = squares + centred * centred
+    for j in range(0, full, vector):
+        squares = _centre(source, target, mean, squares, j, vector)
+    if full < columns:
+        squares = _centre(source, target, mean, squares, full, columns - full)
     scale = 1.0 / math.sqrt(sum_of(squares) / columns + EPSILON)
-    for j in range(0, columns, vector):
-        store(target, j, columns - j, load(target, j, columns - j) * scale)
+    _each_scaled(columns, vector, target, scale)
     return scale
+
+
+@inline
+def _normalize_backward(normalized, scale, weight, gradient, target, mean, slope, j, count):
+    d = load(gradient, j, count) * load(weight, j, count)
+    store(target, j, count, (d - load(normalized, j, count) * slope - mean) * scale)
+
+
+_each_normalize_backward = each_vector(_normalize_backward)
 
 
 @jit
 def normalize_backward(normalized, scale, weight, gradient, target, columns):
     """The gradient of ``normalize``'s source, from that of weight * target + bias; may be written over it."""
     vector = lanes(normalized)
-    total, product = load(normalized, 0, 0), load(normalized, 0, 0)
-    for j in range(0, columns, vector):
-        count = columns - j
-        d = load(gradient, j, count) * load(weight, j, count)
+    full = columns - columns % vector
+    total = load(gradient, full, columns - full) * load(weight, full, columns - full)
+    product = total * load(normalized, full, columns - full)
+    for j in range(0, full, vector):
+        d = load(gradient, j, vector) * load(weight, j, vector)
         total = total + d
-        product = product + d * load(normalized, j, count)
+        product = product + d * load(normalized, j, vector)
     mean, slope = sum_of(total) / columns, sum_of(product) / columns
-    for j in range(0, columns, vector):
-        count = columns - j
-        d = load(gradient, j, count) * load(weight, j, count)
-        store(target, j, count, (d - load(normalized, j, count) * slope - mean) * scale)
+    _each_normalize_backward(columns, vector, normalized, scale, weight, gradient, target, mean, slope)
+
+
+@inline
+def _scale(factors, source, target, j, count):
+    store(target, j, count, load(factors, j, count) * load(source, j, count))
+
+
+_each_scale = each_vector(_scale)
 
 
 @jit
 def scale_rows(factors, source, target, rows, columns):
     """target = factors ⊙ source, arrays of neighbouring rows."""
-    vector = lanes(target)
-    for j in range(0, rows * columns, vector):
-        count = rows * columns - j
-        store(target, j, count, load(factors, j, count) * load(source, j, count))
+    _each_scale(rows * columns, lanes(target), factors, source, target)
+
+
+@inline
+def _mix(keep, old, new, target, j, count):
+    share = load(keep, j, count)
+    store(target, j, count, share * load(old, j, count) + (1.0 - share) * load(new, j, count))
+
+
+_each_mix = each_vector(_mix)
 
 
 @jit
 def mix_rows(keep, keep_stride, old, new, target, rows, columns):
     """target = keep ⊙ old + (1 - keep) ⊙ new; rows of ``keep`` are ``keep_stride`` apart."""
-    vector = lanes(target)
     for row in range(rows):
         at = row * columns
-        for j in range(0, columns, vector):
-            count = columns - j
-            share = load(keep, row * keep_stride + j, count)
-            mixed = share * load(old, at + j, count) + (1.0 - share) * load(new, at + j, count)
-            store(target, at + j, count, mixed)
+        row_old, row_new, row_target = advance(old, at), advance(new, at), advance(target, at)
+        _each_mix(columns, lanes(target), advance(keep, row * keep_stride), row_old, row_new, row_target)
+
+
+@inline
+def _split(keep, gradient, kept, j, count):
+    share, d = load(keep, j, count), load(gradient, j, count)
+    store(kept, j, count, share * d)
+    store(gradient, j, count, (1.0 - share) * d)
+
+
+_each_split = each_vector(_split)
 
 
 @jit
 def split_rows(keep, keep_stride, gradient, kept, rows, columns):
     """kept = keep ⊙ gradient, and gradient = (1 - keep) ⊙ gradient: the backward pass of ``mix_rows``."""
-    vector = lanes(gradient)
     for row in range(rows):
         at = row * columns
-        for j in range(0, columns, vector):
-            count = columns - j
-            share, d = load(keep, row * keep_stride + j, count), load(gradient, at + j, count)
-            store(kept, at + j, count, share * d)
-            store(gradient, at + j, count, (1.0 - share) * d)
+        shares = advance(keep, row * keep_stride)
+        _each_split(columns, lanes(gradient), shares, advance(gradient, at), advance(kept, at))
 
 
 @inline
-def lstm_step(product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell, gates, size, j, count, peephole, save):
+def _combine(product, mask, masked, dh, direct, kept, keeps, j, count):
+    d = load(product, j, count)
+    if masked:
+        d = d * load(mask, j, count)
+    if direct:
+        d = d + load(dh, j, count)
+    if keeps:
+        d = d + load(kept, j, count)
+    store(dh, j, count, d)
+
+
+_each_combine = each_vector(_combine)
+
+
+@jit
+def combine(product, mask, masked, dh, direct, kept, keeps, size):
+    """dh = product ⊙ mask, and what reaches the old state past W_hh: ``dh`` where ``direct``, ``kept`` of a mix."""
+    _each_combine(size, lanes(dh), product, mask, masked, dh, direct, kept, keeps)
+
+
+@inline
+def lstm_step(product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell, gates, size, peephole, save, j, count):
     """c' into ``new_cell``; o in the place of ``product``'s."""
     there = count if peephole else 0
     c = load(cell, j, count)
@@ -159,7 +236,7 @@ def lstm_step(product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell,
 
 
 @inline
-def lstm_output(o, seen, weight, bias, hidden, j, count, norm):
+def lstm_output(o, seen, weight, bias, hidden, norm, j, count):
     """h' from what its tanh sees: c', or c' normalized."""
     s = load(seen, j, count)
     if norm:
@@ -174,7 +251,7 @@ def lstm_new_cell(gates, cell_prev, new_cell, size, j, count):
 
 
 @inline
-def lstm_output_backward(gates, seen, weight, bias, dh, d_output_gate, d_seen, size, j, count, norm):
+def lstm_output_backward(gates, seen, weight, bias, dh, d_output_gate, d_seen, size, norm, j, count):
     """The gradient of o before its sigmoid, and of what the tanh sees."""
     o, d, s = load(gates, 3 * size + j, count), load(dh, j, count), load(seen, j, count)
     if norm:
@@ -186,7 +263,7 @@ def lstm_output_backward(gates, seen, weight, bias, dh, d_output_gate, d_seen, s
 
 @inline
 def lstm_step_backward(
-    gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates, size, j, count, peephole
+    gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates, size, peephole, j, count
 ):
     """dgates of i, f and g, that of o being there; ``dc``, the gradient of c' beside ``d_new_cell``, becomes c's."""
     there = count if peephole else 0
@@ -202,7 +279,7 @@ def lstm_step_backward(
 
 
 @inline
-def gru_reset(product, gates_x, operand, reset, gates, size, j, count, save):
+def gru_reset(product, gates_x, operand, reset, gates, size, save, j, count):
     """r ⊙ h into ``reset``; z in the place of ``product``'s."""
     r = sigmoid(load(product, j, count) + load(gates_x, j, count))
     z = sigmoid(load(product, size + j, count) + load(gates_x, size + j, count))
@@ -214,7 +291,7 @@ def gru_reset(product, gates_x, operand, reset, gates, size, j, count, save):
 
 
 @inline
-def gru_output(product, gates_x, old, new, gates, size, j, count, save):
+def gru_output(product, gates_x, old, new, gates, size, save, j, count):
     """h' where the product of n is that of r ⊙ h."""
     n = tanh(load(product, 2 * size + j, count) + load(gates_x, 2 * size + j, count))
     z = load(product, size + j, count)
@@ -238,6 +315,17 @@ def gru_reset_backward(gates, operand, d_reset, dgates, size, j, count):
     r, d = load(gates, j, count), load(d_reset, j, count)
     store(dgates, j, count, d * load(operand, j, count) * r * (1.0 - r))
     store(d_reset, j, count, d * r)
+
+
+_each_lstm_step = each_vector(lstm_step)
+_each_lstm_output = each_vector(lstm_output)
+_each_lstm_new_cell = each_vector(lstm_new_cell)
+_each_lstm_output_backward = each_vector(lstm_output_backward)
+_each_lstm_step_backward = each_vector(lstm_step_backward)
+_each_gru_reset = each_vector(gru_reset)
+_each_gru_output = each_vector(gru_output)
+_each_gru_output_backward = each_vector(gru_output_backward)
+_each_gru_reset_backward = each_vector(gru_reset_backward)
 
 
 def _blocks(cell: str, reset_after: bool) -> tuple[int, int]:
@@ -296,19 +384,16 @@ def _make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
         def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
             weight_ci, weight_cf, weight_co, weight_ln, bias_ln, peephole = parameters
             vector = lanes(product)
-            for j in range(0, size, vector):
-                count = size - j
-                lstm_step(
-                    *(product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell, gates),
-                    *(size, j, count, peephole, save),
-                )
+            _each_lstm_step(
+                *(size, vector, product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell, gates),
+                *(size, peephole, save),
+            )
             if norm:
                 normalize(new_cell, seen, size)
             else:
                 seen = new_cell
             o = advance(product, 3 * size)
-            for j in range(0, size, vector):
-                lstm_output(o, seen, weight_ln, bias_ln, new, j, size - j, norm)
+            _each_lstm_output(size, vector, o, seen, weight_ln, bias_ln, new, norm)
 
         return step
     if reset_after:
@@ -316,15 +401,18 @@ def _make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
 
         @jit
         def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
-            for j in range(0, size, lanes(product)):
-                step_forward(product, gates_x, bias_hn, old, new, cell, gates, size, j, size - j, save)
+            vector = lanes(product)
+            full = size - size % vector
+            for j in range(0, full, vector):
+                step_forward(product, gates_x, bias_hn, old, new, cell, gates, size, j, vector, save)
+            if full < size:
+                step_forward(product, gates_x, bias_hn, old, new, cell, gates, size, full, size - full, save)
 
         return step
 
     @jit
     def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
-        for j in range(0, size, lanes(product)):
-            gru_output(product, gates_x, old, new, gates, size, j, size - j, save)
+        _each_gru_output(size, lanes(product), product, gates_x, old, new, gates, size, save)
 
     return step
 
@@ -410,12 +498,11 @@ def _make_forward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
                 if not reset_after:
                     for row in range(rows):
                         here = entry + row * directions
-                        for j in range(0, size, lanes(product)):
-                            gru_reset(
-                                *(advance(product, row * gate_size), advance(gates_x, here * gate_size)),
-                                *(advance(operand, row * size), advance(reset, row * size)),
-                                *(advance(gates, here * saved_size), size, j, size - j, save),
-                            )
+                        _each_gru_reset(
+                            *(size, lanes(product), advance(product, row * gate_size)),
+                            *(advance(gates_x, here * gate_size), advance(operand, row * size)),
+                            *(advance(reset, row * size), advance(gates, here * saved_size), size, save),
+                        )
                     target = advance(product, 2 * size)
                     multiply(reset, size, rows, panels_n, size, size, target, gate_size, False)
                 new = new_hidden if call[field.KEEP_HIDDEN] != 0 else old
@@ -472,27 +559,24 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
             weight_ci, weight_cf, weight_co, weight_ln, bias_ln, peephole = parameters
             vector = lanes(dh)
             new_cell, d_new_cell = scratch, advance(scratch, size)
-            for j in range(0, size, vector):
-                lstm_new_cell(gates, cell_prev, new_cell, size, j, size - j)
+            _each_lstm_new_cell(size, vector, gates, cell_prev, new_cell, size)
             scale = 1.0
             if norm:
                 scale = normalize(new_cell, normalized_c, size)
             seen, d_seen = (normalized_c, d_normalized_c) if norm else (new_cell, d_new_cell)
             d_o = advance(dgates, 3 * size)
-            for j in range(0, size, vector):
-                lstm_output_backward(gates, seen, weight_ln, bias_ln, dh, d_o, d_seen, size, j, size - j, norm)
+            _each_lstm_output_backward(size, vector, gates, seen, weight_ln, bias_ln, dh, d_o, d_seen, size, norm)
             if norm:
                 normalize_backward(normalized_c, scale, weight_ln, d_seen, d_new_cell, size)
-            for j in range(0, size, vector):
-                lstm_step_backward(
-                    *(gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates),
-                    *(size, j, size - j, peephole),
-                )
+            _each_lstm_step_backward(
+                *(size, vector, gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates),
+                *(size, peephole),
+            )
             if norm:
                 copy_rows(dgates, 0, d_product, 0, 1, 4 * size)
 
         return step
-    step_backward = BACKWARD[cell]
+    each = each_vector(BACKWARD[cell])
     if cell == "gru":
 
         @jit
@@ -510,8 +594,7 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
             scratch,
             size,
         ):
-            for j in range(0, size, lanes(dh)):
-                step_backward(gates, hidden_prev, cell_prev, dh, dc, scratch, size, j, size - j)
+            each(size, lanes(dh), gates, hidden_prev, cell_prev, dh, dc, scratch, size)
             copy_rows(scratch, 0, dgates, 0, 1, 3 * size)
             copy_rows(scratch, 0, d_product, 0, 1, 2 * size)
             copy_rows(advance(scratch, 3 * size), 0, advance(d_product, 2 * size), 0, 1, size)
@@ -533,8 +616,7 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
         scratch,
         size,
     ):
-        for j in range(0, size, lanes(dh)):
-            step_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, size - j)
+        each(size, lanes(dh), gates, hidden_prev, cell_prev, dh, dc, dgates, size)
         if norm:
             copy_rows(dgates, 0, d_product, 0, 1, size)
 
@@ -544,21 +626,6 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
 def _make_backward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
     gate_count, saved_count = _blocks(cell, reset_after)
     step, is_lstm, is_gru = _make_backward_step(cell, reset_after, norm, jit), cell == "lstm", cell == "gru"
-
-    @jit
-    def combine(product, mask, masked, dh, direct, kept, keeps, rows, size):
-        """dh = product ⊙ mask, and what reaches the old state past W_hh: ``dh`` where ``direct``, ``kept`` of a mix."""
-        vector = lanes(dh)
-        for j in range(0, rows * size, vector):
-            count = rows * size - j
-            d = load(product, j, count)
-            if masked:
-                d = d * load(mask, j, count)
-            if direct:
-                d = d + load(dh, j, count)
-            if keeps:
-                d = d + load(kept, j, count)
-            store(dh, j, count, d)
 
     @jit
     def backward_part(call, part):
@@ -652,11 +719,10 @@ def _make_backward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
                 else:
                     for row in range(rows):
                         here = entry + row * directions
-                        for j in range(0, size, lanes(dh)):
-                            gru_output_backward(
-                                *(advance(gates, here * saved_size), advance(hidden_prev, here * size)),
-                                *(advance(dh, row * size), advance(dgates, row * stride), size, j, size - j),
-                            )
+                        _each_gru_output_backward(
+                            *(size, lanes(dh), advance(gates, here * saved_size), advance(hidden_prev, here * size)),
+                            *(advance(dh, row * size), advance(dgates, row * stride), size),
+                        )
                     of_n = advance(dgates, 2 * size)
                     multiply_back(of_n, stride, rows, panels, 2 * size, size, gate_size, size, d_operand, size, False)
                     copy_rows(advance(hidden_prev, entry * size), directions * size, operand, size, rows, size)
@@ -664,13 +730,12 @@ def _make_backward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
                         scale_rows(block_mask, operand, operand, rows, size)
                     for row in range(rows):
                         here = entry + row * directions
-                        for j in range(0, size, lanes(dh)):
-                            gru_reset_backward(
-                                *(advance(gates, here * saved_size), advance(operand, row * size)),
-                                *(advance(d_operand, row * size), advance(dgates, row * stride), size, j, size - j),
-                            )
+                        _each_gru_reset_backward(
+                            *(size, lanes(dh), advance(gates, here * saved_size), advance(operand, row * size)),
+                            *(advance(d_operand, row * size), advance(dgates, row * stride), size),
+                        )
                     multiply_back(dgates, stride, rows, panels, 0, 2 * size, gate_size, size, d_operand, size, True)
-                combine(d_operand, block_mask, masked, dh, is_gru, kept_hidden, keeps_hidden, rows, size)
+                combine(d_operand, block_mask, masked, dh, is_gru, kept_hidden, keeps_hidden, rows * size)
                 if is_lstm and keeps_cell:
                     add_rows(kept_cells, size, dc, size, rows, size)
                 if call[field.RESETS] != 0:
