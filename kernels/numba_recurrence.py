@@ -217,14 +217,18 @@ def combine(product, mask, masked, dh, direct, kept, keeps, size):
 @inline
 def lstm_step(product, gates_x, weight_ci, weight_cf, weight_co, cell, new_cell, gates, size, peephole, save, j, count):
     """c' into ``new_cell``; o in the place of ``product``'s."""
-    there = count if peephole else 0
     c = load(cell, j, count)
-    i = load(product, j, count) + load(gates_x, j, count) + load(weight_ci, j, there) * c
-    f = load(product, size + j, count) + load(gates_x, size + j, count) + load(weight_cf, j, there) * c
+    i = load(product, j, count) + load(gates_x, j, count)
+    f = load(product, size + j, count) + load(gates_x, size + j, count)
+    # no masked loads of what is not there: the processor takes its time over an address of nothing
+    if peephole:
+        i, f = i + load(weight_ci, j, count) * c, f + load(weight_cf, j, count) * c
     i, f = sigmoid(i), sigmoid(f)
     g = tanh(load(product, 2 * size + j, count) + load(gates_x, 2 * size + j, count))
     c = f * c + i * g
-    o = load(product, 3 * size + j, count) + load(gates_x, 3 * size + j, count) + load(weight_co, j, there) * c
+    o = load(product, 3 * size + j, count) + load(gates_x, 3 * size + j, count)
+    if peephole:
+        o = o + load(weight_co, j, count) * c
     o = sigmoid(o)
     store(new_cell, j, count, c)
     store(product, 3 * size + j, count, o)
@@ -266,16 +270,19 @@ def lstm_step_backward(
     gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates, size, peephole, j, count
 ):
     """dgates of i, f and g, that of o being there; ``dc``, the gradient of c' beside ``d_new_cell``, becomes c's."""
-    there = count if peephole else 0
     i, f, g = load(gates, j, count), load(gates, size + j, count), load(gates, 2 * size + j, count)
-    d_o = load(dgates, 3 * size + j, count)
-    d = load(dc, j, count) + load(d_new_cell, j, count) + d_o * load(weight_co, j, there)
+    d = load(dc, j, count) + load(d_new_cell, j, count)
+    if peephole:
+        d = d + load(dgates, 3 * size + j, count) * load(weight_co, j, count)
     d_i = d * g * i * (1.0 - i)
     d_f = d * load(cell_prev, j, count) * f * (1.0 - f)
     store(dgates, j, count, d_i)
     store(dgates, size + j, count, d_f)
     store(dgates, 2 * size + j, count, d * i * (1.0 - g * g))
-    store(dc, j, count, d * f + d_i * load(weight_ci, j, there) + d_f * load(weight_cf, j, there))
+    d = d * f
+    if peephole:
+        d = d + d_i * load(weight_ci, j, count) + d_f * load(weight_cf, j, count)
+    store(dc, j, count, d)
 
 
 @inline
