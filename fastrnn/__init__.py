@@ -1,6 +1,6 @@
 """Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models: the whole time loop and its gradient as fused kernels."""
 
-from .convert import convert
+from .convert import convert, load_keras_weights
 from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -22,5 +22,6 @@ __all__ = [
     "backends",
     "convert",
     "explain",
+    "load_keras_weights",
     "use_backend",
 ]

@@ -501,7 +501,7 @@ class GRU(_Layer):
     h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity`` and ``periods``, and
 
         reset_after: by keyword only; False puts the reset gate before the product, as the textbook has it:
-            ``n = tanh(W_in x + b_in + W_hn (r ⊙ h) + b_hn)``. ``fastrnn.gru_from_keras`` maps Keras's weights.
+            ``n = tanh(W_in x + b_in + W_hn (r ⊙ h) + b_hn)``. ``fastrnn.load_keras_weights`` maps Keras's weights.
     """
 
     _torch = nn.GRU

@@ -178,7 +178,9 @@ def _zoneout(share: float, state: Tensor, rows: int, training: bool) -> Tensor |
         return None
     if not training:
         return torch.full_like(state[:, 0], share).unsqueeze(0)
-    return torch.bernoulli(state.new_empty(rows, state.shape[0], state.shape[2]), share)
+    shape = rows, state.shape[0], state.shape[2]
+    # twice as fast as bernoulli_ on a CPU; float32, so that all dtypes take the same mask
+    return (torch.rand(shape, dtype=torch.float32, device=state.device) < share).to(state.dtype)
 
 
 def _held_by_clock(

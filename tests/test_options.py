@@ -135,9 +135,9 @@ def plain_loop(module, x, hx, resets=None):
         mask = dropout(torch.ones_like(state), options.recurrent_dropout, training)
         zone_c, zone_h = (torch.full((), zone, dtype=x.dtype) for zone in zones)
         if training and is_lstm and zones[0]:
-            zone_c = torch.bernoulli(torch.empty(steps * batch, directions, size, dtype=x.dtype), zones[0])
+            zone_c = (torch.rand(steps * batch, directions, size) < zones[0]).to(x.dtype)
         if training and zones[1]:
-            zone_h = torch.bernoulli(torch.empty(steps * batch, directions, state.shape[2], dtype=x.dtype), zones[1])
+            zone_h = (torch.rand(steps * batch, directions, state.shape[2]) < zones[1]).to(x.dtype)
         outputs = []
         for number, suffix in enumerate(suffixes):
             weight_ih, weight_hh = get("weight_ih", suffix), weights_hh[number]
@@ -480,3 +480,66 @@ def test_bad_calls():
         gradients.append(torch.autograd.grad(module(x)[0].sum(), list(module.parameters())))
     for pair in zip(*gradients, strict=True):
         torch.testing.assert_close(*pair)
+
+
+def keras_layer(class_name, weights, x, reset_after=True):
+    """Keras's SimpleRNN, GRU or LSTM as its documentation has it: x (T, B, I) to outputs (T, B, H)."""
+    kernel, recurrent_kernel, *bias = weights
+    size, h = len(recurrent_kernel), torch.zeros(x.shape[1], len(recurrent_kernel), dtype=x.dtype)
+    bias = bias[0] if bias else torch.zeros((2, 3 * size) if class_name == "GRU" and reset_after else kernel.shape[1])
+    c, outputs = h, []
+    for row in x:
+        if class_name == "RNN":
+            h = (row @ kernel + bias + h @ recurrent_kernel).tanh()
+        elif class_name == "LSTM":
+            i, f, g, o = (row @ kernel + h @ recurrent_kernel + bias).split(size, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            input_bias, recurrent_bias = bias if reset_after else (bias, 0 * bias)
+            x_z, x_r, x_h = (row @ kernel + input_bias).split(size, -1)
+            u_z, u_r, u_h = (h @ recurrent_kernel + recurrent_bias).split(size, -1)
+            z, r = (x_z + u_z).sigmoid(), (x_r + u_r).sigmoid()
+            u_h = r * u_h if reset_after else (r * h) @ recurrent_kernel[:, 2 * size :]
+            h = z * h + (1 - z) * (x_h + u_h).tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("class_name", "options"),
+    [("RNN", {}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})],
+)
+def test_keras_weights(class_name, options, bias):
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[class_name] * HIDDEN
+    layer = getattr(fastrnn, class_name)(
+        FEATURES, HIDDEN, bidirectional=True, bias=bias, dtype=torch.float64, **options
+    )
+    x, expected = torch.randn(STEPS, BATCH, FEATURES, dtype=torch.float64), []
+    for reverse in (False, True):
+        of_bias = (2, gates) if class_name == "GRU" and not options else (gates,)
+        shapes = [(FEATURES, gates), (HIDDEN, gates), *[of_bias] * bias]
+        weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        fastrnn.load_keras_weights(layer, [weight.numpy() for weight in weights], reverse=reverse)
+        walk = x.flip(0) if reverse else x
+        outputs = keras_layer(class_name, weights, walk, options.get("reset_after", True))
+        expected.append(outputs.flip(0) if reverse else outputs)
+    torch.testing.assert_close(layer(x)[0], torch.cat(expected, -1), rtol=0, atol=AGREEMENT)
+
+
+def test_bad_keras_weights():
+    gru = fastrnn.GRU(FEATURES, HIDDEN)
+    weights = [torch.zeros(FEATURES, 24), torch.zeros(HIDDEN, 24), torch.zeros(24)]
+    with pytest.raises(ValueError, match="a Keras GRU with reset_after=False, make the module so too"):
+        fastrnn.load_keras_weights(gru, weights)
+    with pytest.raises(ValueError, match="kernel, recurrent kernel and bias, got 2 arrays"):
+        fastrnn.load_keras_weights(gru, weights[:2])
+    with pytest.raises(ValueError, match="has no layer 1"):
+        fastrnn.load_keras_weights(gru, weights, layer=1)
+    with pytest.raises(ValueError, match="has no layer 0 in the reverse direction"):
+        fastrnn.load_keras_weights(gru, weights, reverse=True)
+    with pytest.raises(ValueError, match="the module has proj_size=2"):
+        fastrnn.load_keras_weights(fastrnn.LSTM(FEATURES, HIDDEN, proj_size=2), weights)
+    with pytest.raises(TypeError, match="got Linear"):
+        fastrnn.load_keras_weights(nn.Linear(2, 2), weights)
