@@ -43,9 +43,9 @@ def convert(model: nn.Module, to: str = "fastrnn") -> nn.Module:
         raise ValueError(f'convert to "fastrnn" or "torch", got {to!r}')
     targets = _PAIRS if to == "fastrnn" else {ours: theirs for theirs, ours in _PAIRS.items()}
     for name, module in model.named_modules():
-        if to == "torch" and type(module) in targets and getattr(module, "options", None) is not None:
+        if to == "torch" and type(module) in targets and getattr(module, "_options", None) is not None:
             raise ValueError(
-                f"torch.nn.{type(module).__name__} has no {' and no '.join(module.options.names)}: "
+                f"torch.nn.{type(module).__name__} has no {' and no '.join(module._options.names)}: "
                 f"{name or 'the module'} cannot be converted to it"
             )
     replacements = {
@@ -101,7 +101,7 @@ def load_keras_weights(module: modules._Layer, weights, layer: int = 0, reverse:
     shapes = [tuple(target.shape[::-1]) for target in targets]
     gate_size = shapes[0][1]
     if module.bias:
-        reset_after = module.mode == "GRU" and (module.options is None or module.options.reset_after)
+        reset_after = module.mode == "GRU" and (module._options is None or module._options.reset_after)
         shapes.append((2, gate_size) if reset_after else (gate_size,))
     given = [tuple(array.shape) for array in arrays]
     if given != shapes:

@@ -93,7 +93,7 @@ class _Layer(nn.RNNBase):
 
     _torch: ClassVar[type[nn.RNNBase]]
     # What the module does beyond torch.nn's, None for nothing.
-    options: Options | None = None
+    _options: Options | None = None
 
     @property
     def checkpoint(self) -> int | None:
@@ -105,14 +105,14 @@ class _Layer(nn.RNNBase):
         counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if value is not None and not counts:
             raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {value!r}")
-        of_options.refuse_checkpoint(self.options, value)
+        of_options.refuse_checkpoint(self._options, value)
         self.__dict__["_checkpoint"] = value
 
     def _set_options(self, options: Options, checkpoint: int | None) -> None:
         """The end of a constructor: check what torch.nn does not know, and make its parameters."""
         options = of_options.checked(options, self.mode, self.hidden_size)
         if options is not None:
-            self.options = options
+            self._options = options
         self.checkpoint = checkpoint
         if options is None:
             return
@@ -123,7 +123,7 @@ class _Layer(nn.RNNBase):
 
     def _further_parameters(self) -> dict[str, tuple[str, int]]:
         """Names of the parameters that torch.nn does not have, each with its role and length."""
-        sizes = of_options.parameter_sizes(self.options, self.mode, self.hidden_size)
+        sizes = of_options.parameter_sizes(self._options, self.mode, self.hidden_size)
         return {
             f"{role}_l{layer}{suffix}": (role, size)
             for layer in range(self.num_layers)
@@ -141,7 +141,7 @@ class _Layer(nn.RNNBase):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew: uniform up to 1 / sqrt(hidden_size); layer normalization begins with 1 and 0."""
-        if self.options is None:
+        if self._options is None:
             super().reset_parameters()
             return
         bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
@@ -151,8 +151,8 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         more = "" if self.checkpoint is None else f", checkpoint={self.checkpoint}"
-        if self.options is not None:
-            more += f", {self.options}"
+        if self._options is not None:
+            more += f", {self._options}"
         return super().extra_repr() + more
 
     # torch keeps lists of its weights that go stale (after functional_call, deepcopy, a parametrization). Here they are
@@ -191,7 +191,7 @@ class _Layer(nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         cell = self.mode.lower()
         call = cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
-        return call if self.options is None else (*call, self.options.in_effect(self.training))
+        return call if self._options is None else (*call, self._options.in_effect(self.training))
 
     def _weights(self) -> list[list[Tensor | None]]:
         """Per layer and direction: weight_ih, weight_hh, then the biases and weight_hr as far as there are any."""
@@ -240,11 +240,11 @@ class _Layer(nn.RNNBase):
         """
         if isinstance(input, torch.fx.Proxy):
             return _as_call_module(self, input, hx, resets)
-        prepared = self._prepare(input, hx, resets is not None or self.options is not None)
+        prepared = self._prepare(input, hx, resets is not None or self._options is not None)
         if prepared is None:
             result = self._torch.forward(self, input, hx)
-            if resets is not None or self.options is not None:
-                what = "resets need" if resets is not None else f"a layer with {self.options} needs"
+            if resets is not None or self._options is not None:
+                what = "resets need" if resets is not None else f"a layer with {self._options} needs"
                 raise ValueError(f"{what} an input of torch.nn's ordinary form, with at least one element")
             return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
@@ -324,7 +324,7 @@ class _Layer(nn.RNNBase):
 
     def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets=None):
         """All layers: rows (R, I) to the last layer's output (R, D*H') and the final state."""
-        directions = 2 if self.bidirectional else 1
+        directions, options = 2 if self.bidirectional else 1, self._options
         reverse = [0, 1][:directions]
         cell = self.mode.lower()
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
@@ -355,15 +355,15 @@ class _Layer(nn.RNNBase):
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
             h0, c0 = (*initial, None)[:2]
             below, extras = rows, None
-            if self.options is not None:
-                weight_hh = of_options.recurrent_weight(self.options, weight_hh, self.training)
+            if options is not None:
+                weight_hh = of_options.recurrent_weight(options, weight_hh, self.training)
                 extras = self._extras(layer, initial, rows.shape[0], batch_sizes, resets)
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
                 *(h0, c0, batch_sizes, reverse, self.checkpoint, resets, extras),
             )
             finals.append(final)
-            if layer and self.options is not None and self.options.residual:
+            if options is not None and options.residual and layer:
                 rows = rows + below.view_as(rows)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 # over the flat rows: the same mask as torch's from the same seed
@@ -375,12 +375,12 @@ class _Layer(nn.RNNBase):
     def _extras(self, layer: int, state, rows: int, batch_sizes, resets):
         """What the options of one layer add to a call, None for nothing; ``state`` is the layer's, cast as needed."""
         suffixes = ("", "_reverse")[: 2 if self.bidirectional else 1]
-        roles = of_options.parameter_sizes(self.options, self.mode, self.hidden_size)
+        roles = of_options.parameter_sizes(self._options, self.mode, self.hidden_size)
         parameters = {
             role: torch.stack([_cast(getattr(self, f"{role}_l{layer}{suffix}"), state[0].dtype) for suffix in suffixes])
             for role in roles
         }
-        return of_options.extras(self.options, parameters, state, rows, batch_sizes, resets, self.training)
+        return of_options.extras(self._options, parameters, state, rows, batch_sizes, resets, self.training)
 
 
 def _by_role(group: list[Tensor], bias: bool) -> list[Tensor | None]:

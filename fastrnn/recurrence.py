@@ -52,7 +52,9 @@ def _gates_x(inputs, bias: Tensor | None, extras: Extras) -> Tensor:
             shares.append(linear(x, inputs.weight_ih[group], own))
         else:
             product = linear(x, inputs.weight_ih[group])
-            shares.append(layer_norm(product, product.shape[1:], extras.weight_ln_ih[group], own, EPSILON))
+            share = layer_norm(product, product.shape[1:], extras.weight_ln_ih[group], None, EPSILON)
+            # apart: layer_norm adds up the gradient of its bias one row after the other
+            shares.append(share + own)
     return shares[0].unsqueeze(1) if groups == 1 else torch.stack(shares, 1)
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers import random_packed, random_state
+from helpers import errors_against_float64, random_packed, random_state, rule_violation
 from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -115,7 +115,7 @@ def plain_loop(module, x, hx, resets=None):
     Masks are drawn from torch's generator in the order in which a call does: for every layer dropped weights, dropped
     units, zoneout of c, zoneout of h, and dropout behind the layer.
     """
-    options = module.options or fastrnn.options.Options()
+    options = module._options or fastrnn.options.Options()
     directions, training, is_lstm = 1 + module.bidirectional, module.training, module.mode == "LSTM"
     hs, cs = hx if is_lstm else (hx, None)
     steps, batch, size = len(x), x.shape[1], module.hidden_size
@@ -250,6 +250,104 @@ def test_combinations(case, with_resets):
     arguments = {"resets": resets} if with_resets else {}
     assert_is_plain_loop(module, **arguments)
     assert_is_plain_loop(module.eval(), **arguments)
+
+
+# Every kernel, with all that it can do beside.
+KERNELS = [
+    ("LSTM", {"layer_norm": True, "peephole": True, "zoneout": (0.3, 0.1), "recurrent_dropout": 0.2}),
+    ("LSTM", {"peephole": True, "zoneout": (0.3, 0.1), "recurrent_dropout": 0.2}),
+    ("GRU", {"layer_norm": True, "zoneout": 0.3, "recurrent_dropout": 0.2}),
+    ("GRU", {"zoneout": 0.3, "recurrent_dropout": 0.2}),
+    ("GRU", {"reset_after": False, "zoneout": 0.3, "recurrent_dropout": 0.2}),
+    ("RNN", {"layer_norm": True, "zoneout": 0.3, "recurrent_dropout": 0.2}),
+    ("RNN", {"nonlinearity": "relu", "zoneout": 0.3, "recurrent_dropout": 0.2}),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("hidden", "batch"), [(1, 1), (5, 3), (33, 1), (40, 130), (130, 21)])
+@pytest.mark.parametrize("case", KERNELS, ids=name_of)
+def test_sizes(case, hidden, batch, threads):
+    """Rows that are no whole vectors, blocks of rows and threads, dense and packed, against the reference."""
+    class_name, options = case
+    torch.manual_seed(0)
+    module = getattr(fastrnn, class_name)(FEATURES, hidden, bidirectional=True, dtype=torch.float64, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for input in (draw(module, batch=batch)[0], random_packed(batch, STEPS, FEATURES, torch.float64, 1)):
+            results = []
+            for backend in ("numba", "reference"):
+                torch.manual_seed(1)
+                with fastrnn.use_backend(backend):
+                    output, *_ = module(input)
+                output = output.data if isinstance(output, PackedSequence) else output
+                results.append([output, *torch.autograd.grad(output.sin().sum(), list(module.parameters()))])
+            assert_agree(*results)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=name_of)
+def test_rule_in_float32(case):
+    """Beside the same operations of torch in float32, on average over some draws."""
+    errors = []
+    for seed in range(160 if "relu" in case[1].values() else 8):
+        module = make(case, torch.float32, num_layers=1, bidirectional=True)
+        exact = copy.deepcopy(module).double()
+        x = torch.randn(30, 20, FEATURES, generator=torch.Generator().manual_seed(seed))
+        hx = random_state(module, 20, torch.float32, seed)
+        results = []
+        for backend, layer in (("numba", module), ("reference", module), ("reference", exact)):
+            dtype = torch.float64 if layer is exact else torch.float32
+            state = tuple(part.to(dtype) for part in hx) if isinstance(hx, tuple) else hx.to(dtype)
+            with fastrnn.use_backend(backend):
+                results.append(all_results(layer, layer, x.to(dtype), state))
+        errors.append([errors_against_float64(*three) for three in zip(*results, strict=True)])
+    for draws in zip(*errors, strict=True):
+        problem = rule_violation(list(draws))
+        assert problem is None, problem
+
+
+def test_what_runs_where():
+    x = torch.randn(STEPS, BATCH, FEATURES)
+    layer = fastrnn.LSTM(FEATURES, HIDDEN, layer_norm=True)
+    assert fastrnn.explain(layer, x).layers[0].backend == "numba"
+    projected = fastrnn.LSTM(FEATURES, HIDDEN, proj_size=2, layer_norm=True, residual=True)
+    explained = fastrnn.explain(projected, x).layers[0]
+    assert explained.backend == "reference"
+    assert dict(explained.passed_over) == {
+        "numba": "its kernels have no layer_norm with projections (proj_size)",
+        "torch": "torch.nn has no layer_norm and no residual",
+    }
+    with (
+        fastrnn.use_backend("numba"),
+        pytest.raises(RuntimeError, match="its kernels have no layer_norm with projections"),
+    ):
+        projected(x)
+    with fastrnn.use_backend("torch"):
+        assert fastrnn.explain(layer, x).layers[0].backend == "reference"
+    # these change nothing in eval()
+    regularised = fastrnn.LSTM(FEATURES, HIDDEN, proj_size=2, recurrent_dropout=0.5, weight_dropout=0.5)
+    assert fastrnn.explain(regularised, x).layers[0].backend == "reference"
+    assert fastrnn.explain(regularised.eval(), x).layers[0].backend == "numba"
+
+
+def test_memory_of_others_is_left_alone():
+    """The output may be changed in place, a graph used twice, and neither input nor state are written to."""
+    for case in KERNELS:
+        module = make(case)
+        x, hx = draw(module)
+        copies = copy.deepcopy((x, hx))
+        torch.manual_seed(0)
+        output, _ = module(x, hx)
+        loss = (output * 1).sin().sum()
+        parameters = list(module.parameters())
+        once = torch.autograd.grad(loss, parameters, retain_graph=True)
+        output.detach().zero_()
+        assert_agree(torch.autograd.grad(loss, parameters), once)
+        given = parts((x, hx))
+        assert all(torch.equal(*pair) for pair in zip(given, parts(copies), strict=True))
 
 
 @pytest.mark.parametrize("case", SINGLE + combinations(20), ids=name_of)
@@ -421,16 +519,12 @@ def test_torch_knows_no_options():
     with pytest.raises(ValueError, match=r"torch.nn.LSTM has no peephole: inner cannot be converted"):
         fastrnn.convert(model, to="torch")
     assert type(model["plain"]) is fastrnn.GRU
-    explanation = fastrnn.explain(model["inner"], torch.randn(5, 2, 3))
-    assert ("torch", "torch.nn has no peephole") in explanation.layers[0].passed_over or (
-        explanation.layers[0].backend == "numba"
-    )
 
 
 def test_stream():
     for case in SINGLE:
         module = make(case).eval()
-        if module.options.periods is not None:
+        if module._options.periods is not None:
             with pytest.raises(ValueError, match="clock"):
                 fastrnn.Stream(module, BATCH)
             continue
