@@ -544,8 +544,8 @@ def _make_forward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
 def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
     """The derivative of the cell's step for one row.
 
-    ``dgates`` takes the gradient of gates_x, ``d_product`` that of the product with its scale; they are the same where
-    these are. ``scratch`` has four times the hidden size.
+    ``dgates`` takes the gradient of gates_x; for the GRU, ``d_product`` that of the product. ``scratch`` has four times
+    the hidden size.
     """
     if cell == "lstm":
 
@@ -580,8 +580,6 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
                 *(size, vector, gates, cell_prev, weight_ci, weight_cf, weight_co, d_new_cell, dc, dgates),
                 *(size, peephole),
             )
-            if norm:
-                copy_rows(dgates, 0, d_product, 0, 1, 4 * size)
 
         return step
     each = each_vector(BACKWARD[cell])
@@ -625,8 +623,6 @@ def _make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
         size,
     ):
         each(size, lanes(dh), gates, hidden_prev, cell_prev, dh, dc, dgates, size)
-        if norm:
-            copy_rows(dgates, 0, d_product, 0, 1, size)
 
     return step
 
@@ -709,18 +705,19 @@ def _make_backward_part(cell: str, reset_after: bool, norm: bool, zero, jit):
                 if reset_after:
                     for row in range(rows):
                         here = entry + row * directions
-                        row_d_product = advance(d_product, row * stride)
+                        row_dgates, row_d_product = advance(dgates, row * stride), advance(d_product, row * stride)
                         step(
                             *(advance(gates, here * saved_size), advance(hidden_prev, here * size)),
                             *(advance(cell_prev, here * size), advance(dh, row * size), advance(dc, row * size)),
-                            *(advance(dgates, row * stride), row_d_product),
+                            *(row_dgates, row_d_product),
                             *(advance(normalized_c, here * size), advance(d_normalized_c, here * size)),
                             *(parameters, scratch, size),
                         )
                         if norm:
                             scale = scales[here]
                             normalized = advance(all_normalized, here * gate_size)
-                            normalize_backward(normalized, scale, weight_ln_hh, row_d_product, row_d_product, gate_size)
+                            gradient = row_d_product if is_gru else row_dgates
+                            normalize_backward(normalized, scale, weight_ln_hh, gradient, row_d_product, gate_size)
                     multiply_back(
                         *(d_product, stride, rows, panels, 0, gate_size, gate_size, size, d_operand, size, False)
                     )
@@ -801,7 +798,9 @@ class Sizes(NamedTuple):
     reverse: tuple[int, ...]
 
 
-def _make_plan(sizes: Sizes, batch_sizes: Tensor | None) -> Plan:
+@functools.lru_cache(maxsize=1024)
+def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
+    """The plan for a call; ``batch_sizes`` are given only if they differ from one another (then it is not cached)."""
     size, batch, directions = sizes.hidden_size, sizes.batch, len(sizes.reverse)
     gate_size, lanes = sizes.gates * size, VECTOR_BYTES // sizes.itemsize
     threads = max(1, min(sizes.threads, sizes.rows * directions * gate_size * size // WORK_PER_THREAD))
@@ -887,7 +886,7 @@ def _run(cell, reset_after, backward, dtype, rows, batch, batch_sizes, reverse, 
     steps, batch_sizes = count_steps(rows, batch, batch_sizes)
     itemsize = 8 if dtype == torch.float64 else 4
     sizes = Sizes(gates, backward, itemsize, torch.get_num_threads(), rows, steps, batch, size, tuple(reverse))
-    plan = _make_plan(sizes, batch_sizes)
+    plan = _make_plan(sizes) if batch_sizes is None else _make_plan.__wrapped__(sizes, batch_sizes)
     values = list(plan.values)
     for place, keep in (
         (field.KEEP_HIDDEN_STRIDE, masks.keep_hidden),
