@@ -52,9 +52,10 @@ def _gates_x(inputs, bias: Tensor | None, extras: Extras) -> Tensor:
             shares.append(linear(x, inputs.weight_ih[group], own))
         else:
             product = linear(x, inputs.weight_ih[group])
-            share = layer_norm(product, product.shape[1:], extras.weight_ln_ih[group], None, EPSILON)
-            # apart: layer_norm adds up the gradient of its bias one row after the other
-            shares.append(share + own)
+            normalized = layer_norm(product, product.shape[1:], eps=EPSILON)
+            # scaled apart: layer_norm adds up the gradients of its scale and shift one row after the other, in as many
+            # parts as there are threads
+            shares.append(torch.addcmul(own, normalized, extras.weight_ln_ih[group]))
     return shares[0].unsqueeze(1) if groups == 1 else torch.stack(shares, 1)
 
 
