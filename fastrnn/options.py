@@ -150,7 +150,7 @@ def extras(
         state: h0 (D, B, H') and, for the LSTM, c0 (D, B, H).
         rows: time steps of all sequences.
         batch_sizes: of a packed input.
-        resets: (rows, D) bool, of a dense input.
+        resets: (rows, D) bool.
         training: masks are drawn; else zoneout is its expectation.
     """
     if not STEP_OPTIONS.intersection(options.in_effect(training)):
@@ -191,14 +191,14 @@ def _held_by_clock(
     Time counts from the first step of a sequence, in both directions, and begins anew at a reset.
     """
     groups, batch, size = h0.shape
-    if batch_sizes is None:
-        time = torch.arange(rows // batch, device=h0.device)
-        if resets is None:
-            time = time.repeat_interleave(batch)
-        else:
-            begins = torch.where(resets[:, 0].view(-1, batch), time[:, None], 0)
-            time = (time[:, None] - begins.cummax(0).values).flatten()
-    else:
-        time = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes).to(h0.device)
+    sizes = torch.full((rows // batch,), batch) if batch_sizes is None else batch_sizes
+    time = torch.arange(len(sizes)).repeat_interleave(sizes)
+    if resets is not None:
+        sequence = torch.cat([torch.arange(count) for count in sizes.tolist()]).to(h0.device)
+        time = time.to(h0.device)
+        begins = torch.zeros(len(sizes), batch, dtype=torch.int64, device=h0.device)
+        begins[time, sequence] = torch.where(resets[:, 0], time, 0)
+        time = time - begins.cummax(0).values[time, sequence]
+    time = time.to(h0.device)
     held = time[:, None] % _period_of_units(periods, size, h0.device) != 0
     return held.to(h0.dtype).unsqueeze(1).expand(rows, groups, size)

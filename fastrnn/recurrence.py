@@ -152,13 +152,14 @@ def _reference_loop(config, batch_sizes, resets, masks, gates_x, *tensors):
     return torch.cat(outputs, -1), torch.stack(hiddens), None if c0 is None else torch.stack(cells)
 
 
-def _has_kernel(backend: str, inputs, extras: Extras) -> bool:
+def _has_kernel(backend: str, inputs, batch_sizes, resets, extras: Extras) -> bool:
     from .functional import is_plain
 
     return (
         backend == "numba"
         and inputs.weight_hr is None
         and inputs.x.shape[0] > 0
+        and (batch_sizes is None or resets is None)
         and torch.autograd.forward_ad._current_level < 0
         and is_plain((*inputs, *extras[1:]))
     )
@@ -167,7 +168,7 @@ def _has_kernel(backend: str, inputs, extras: Extras) -> bool:
 def layer(backend: str, cell: str, inputs, batch_sizes, reverse, resets, extras: Extras) -> tuple[Tensor, ...]:
     """``functional.layer`` with extras; ``inputs`` are its tensors with their dimension of groups."""
     with _without_autocast(inputs.x):
-        if not _has_kernel(backend, inputs, extras):
+        if not _has_kernel(backend, inputs, batch_sizes, resets, extras):
             results = reference.layer(cell, *inputs, batch_sizes, reverse, resets, extras)
             return results if results[2] is not None else results[:2]
         dtype = inputs.x.dtype
