@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops import zero_before_first_step
 from . import numba_call as field
 from .numba_compile import kernel_address
-from .numba_gradients import MANY_SUMS, MOST_SUM_ROWS, SUM_ROWS
+from .numba_gradients import MOST_SUM_ROWS, SUM_ROWS
 from .numba_layer import (
     BLOCK_BYTES,
     WORK_PER_THREAD,
@@ -250,10 +250,10 @@ def _operands(hidden_prev: Tensor, mask: Tensor | None, batch: int, batch_sizes:
 
 
 def _sum_of_products(gradients: Tensor, values: Tensor) -> Tensor:
-    """sum over rows of gradients[r, d, n] * values[r, d, k], (D, N, K), in the parts of ``numba_gradients``."""
-    rows, at_once = len(gradients), SUM_ROWS
-    while at_once < MOST_SUM_ROWS and rows > MANY_SUMS * at_once:
-        at_once *= 2
+    """sum over rows of gradients[r, d, n] * values[r, d, k], (D, N, K), in parts as in ``numba_gradients``."""
+    rows = len(gradients)
+    # no more calls than that needs: each of them starts and ends torch's threads
+    at_once = max(SUM_ROWS, min(MOST_SUM_ROWS, rows // 16))
     gradients, values = gradients.permute(1, 2, 0), values.transpose(0, 1)
     total = torch.bmm(gradients[:, :, :at_once], values[:, :at_once])
     for begin in range(at_once, rows, at_once):
