@@ -6,7 +6,8 @@ and the products after it, one by one. resets: training with 1% of the steps res
 layer without, and a loop over torch's LSTMCell. padding: training on a batch of which 30% is padding, by lengths and
 packed, beside torch's packed call. checkpoint: training that keeps the state every so many steps. packing: what a call
 costs beside its time steps, mostly the packing of weights. reading: batch 1, the rate at which the weights of the
-recurrence are read.
+recurrence are read. options: training of layers beyond torch.nn's, beside the plain layer and, for layer normalization,
+a loop of torch operations.
 """
 
 import argparse
@@ -35,6 +36,17 @@ RESETS_SIZES = ((256, 128, 64), (8, 256, 128), (32, 64, 128))
 PADDING_SIZES = (("LSTM", 32, 256, 200), ("LSTM", 32, 64, 100), ("GRU", 32, 256, 200), ("RNN", 32, 128, 100))
 CHECKPOINT_SIZES = ((32, 128, 1000), (1, 64, 20_000), (16, 512, 200))
 PACKING_SIZES = (("LSTM", 32, 128), ("LSTM", 256, 128), ("LSTM", 32, 512), ("GRU", 32, 512), ("LSTM", 32, 1024))
+OPTIONS_SIZES = ((1, 128, 100), (8, 64, 100), (16, 128, 100), (64, 256, 50))
+OPTIONS = (
+    ("LSTM", {"layer_norm": True}),
+    ("GRU", {"layer_norm": True}),
+    ("GRU", {"reset_after": False}),
+    ("LSTM", {"zoneout": 0.1}),
+    ("LSTM", {"recurrent_dropout": 0.2}),
+    ("LSTM", {"weight_dropout": 0.2}),
+    ("LSTM", {"peephole": True}),
+    ("RNN", {"periods": (1, 2, 4, 8)}),
+)
 READING_SIZES = (("LSTM", 512), ("GRU", 1024), ("LSTM", 1024))
 
 MEMORY_SCRIPT = """
@@ -253,9 +265,45 @@ def reading() -> None:
         print(f"{cell} H {hidden}: {rate / 1e9:.1f} of {machine / 1e9:.1f}, {100 * rate / machine:.0f}%")
 
 
+def normalized_loop(layer: fastrnn.LSTM, input: torch.Tensor) -> Callable[[], object]:
+    """A layer-normalized LSTM as people write it: a Python loop of torch operations."""
+    size, functional = layer.hidden_size, torch.nn.functional
+    gradient = torch.ones(*input.shape[:2], size)
+
+    def call():
+        h = c = input.new_zeros(input.shape[1], size)
+        outputs = []
+        for x in input:
+            gates_x = functional.linear(x, layer.weight_ih_l0)
+            gates_x = functional.layer_norm(gates_x, (4 * size,), layer.weight_ln_ih_l0, layer.bias_ln_ih_l0)
+            gates_h = functional.linear(h, layer.weight_hh_l0)
+            gates_h = functional.layer_norm(gates_h, (4 * size,), layer.weight_ln_hh_l0, layer.bias_ln_hh_l0)
+            i, f, g, o = (gates_x + gates_h + layer.bias_ih_l0 + layer.bias_hh_l0).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * functional.layer_norm(c, (size,), layer.weight_ln_c_l0, layer.bias_ln_c_l0).tanh()
+            outputs.append(h)
+        return torch.autograd.grad(torch.stack(outputs), list(layer.parameters()), gradient)
+
+    return call
+
+
+def options() -> None:
+    print(f"milliseconds of a training step, {torch.get_num_threads()} threads")
+    for batch, hidden, steps in OPTIONS_SIZES:
+        input = torch.randn(steps, batch, hidden)
+        for cell, chosen in OPTIONS:
+            layer, plain = getattr(fastrnn, cell)(hidden, hidden, **chosen), getattr(fastrnn, cell)(hidden, hidden)
+            calls = {"with it": training_call(layer, input), "fastrnn without": training_call(plain, input)}
+            if layer._options.layer_norm and cell == "LSTM":
+                calls["loop of torch operations"] = normalized_loop(layer, input)
+            times = ", ".join(f"{name} {1e3 * time:.2f}" for name, time in alternating(calls).items())
+            print(f"{cell} {layer._options} B {batch} H {hidden} T {steps}: {times}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     studies = {
-        study.__name__: study for study in (length, memory, parts, resets, padding, checkpoint, packing, reading)
+        study.__name__: study
+        for study in (length, memory, parts, resets, padding, checkpoint, packing, reading, options)
     }
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=studies)

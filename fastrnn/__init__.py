@@ -1,7 +1,7 @@
 """Drop-in ``RNN``, ``GRU`` and ``LSTM`` for torch models: the whole time loop and its gradient as fused kernels."""
 
 from . import init
-from .convert import convert
+from .convert import convert, load_keras_weights
 from .dispatch import BackendInfo, backends, use_backend
 from .explain import Explanation, LayerExplanation, explain
 from .flow import GradientFlow, gradient_flow
@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "gradient_flow",
     "init",
+    "load_keras_weights",
     "per_sample_gradients",
     "use_backend",
 ]

@@ -1,7 +1,8 @@
 """The ordered table of backends: which of them are there, which can run a call, and which one will.
 
 The first backend of the table that is available and can run the call takes it. ``torch`` stands last of those that are
-asked, so that whatever torch.nn accepts works; ``reference`` runs only when it is named.
+asked, so that whatever torch.nn accepts works; ``reference`` runs only when it is named, or where torch.nn lacks what
+is asked for and no kernel has it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Call(NamedTuple):
     hidden_size: int
     proj_size: int
     num_directions: int
+    options: tuple[str, ...] = ()  # names of what is beyond torch.nn, see fastrnn.options.Options
 
 
 class BackendInfo(NamedTuple):
@@ -92,6 +94,12 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(_TABLE[name].module)
 
 
+@functools.cache
+def recurrence_kernels() -> ModuleType:
+    """The module with the time loops of steps that are not torch.nn's: Numba's, the only backend that has them."""
+    return importlib.import_module("fastrnn.kernels.numba_recurrence")
+
+
 def backends() -> list[BackendInfo]:
     """All backends in the order in which they are asked: name, whether this machine has it, and why or why not."""
     return [
@@ -130,8 +138,10 @@ def use_backend(name: str) -> Iterator[None]:
 def _objection(name: str, call: Call) -> str | None:
     """Why backend ``name`` cannot run ``call``, or None if it can."""
     reason = _unavailable(name)
-    if reason or _TABLE[name].module is None:
+    if reason or name == "reference":
         return reason
+    if name == "torch":
+        return f"torch.nn has no {' and no '.join(call.options)}" if call.options else None
     return kernels(name).can_run(call)
 
 
@@ -140,6 +150,8 @@ def _select(call: Call, chosen: str | None) -> Selection:
     if chosen is not None:
         _check_name(chosen)
         reason = _objection(chosen, call)
+        if reason and chosen == "torch":
+            return Selection("reference", ((chosen, reason),))
         if reason:
             raise RuntimeError(
                 f"the backend {chosen!r} was asked for and cannot run this layer: {reason}. "
@@ -154,7 +166,7 @@ def _select(call: Call, chosen: str | None) -> Selection:
         if reason is None:
             return Selection(name, tuple(passed_over))
         passed_over.append((name, reason))
-    raise AssertionError("the backend 'torch' takes every call")
+    return Selection("reference", tuple(passed_over))
 
 
 def select(call: Call) -> Selection:

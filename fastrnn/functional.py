@@ -25,8 +25,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from . import ops, reference
-from .reference import CELLS
+from . import ops, recurrence, reference
+from .reference import CELLS, Extras
 
 
 class _Config(NamedTuple):
@@ -138,7 +138,7 @@ class Scan(Function):
         return (None, None, None, *_layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells))
 
 
-def _are_plain(cotangents) -> bool:
+def are_plain(cotangents) -> bool:
     """Whether incoming gradients are ordinary tensors: those of ``is_grads_batched=True`` only look so."""
     return is_plain(cotangents) and not any(
         cotangent is not None and torch._C._functorch.is_legacy_batchedtensor(cotangent) for cotangent in cotangents
@@ -148,7 +148,7 @@ def _are_plain(cotangents) -> bool:
 def _is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
     """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-    return not keeps and is_plain((gates,)) and _are_plain(cotangents)
+    return not keeps and is_plain((gates,)) and are_plain(cotangents)
 
 
 def _layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells):
@@ -167,7 +167,7 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells):
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, resets, *arguments, *inputs)
     else:
-        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or _are_plain((d_cells,)))
+        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or are_plain((d_cells,)))
         gradients = _scan_backward(config, batch_sizes, resets, *arguments, inputs, last_use)
     return _as_given(_of_the_only_example(gradients), grouped)
 
@@ -275,7 +275,7 @@ class ScanCheckpointed(Function):
         cotangents = d_output, d_h_n, d_c_n, d_cells
         if all(cotangent is None for cotangent in cotangents):
             gradients = [None] * count
-        elif torch.is_grad_enabled() or not _are_plain(cotangents):
+        elif torch.is_grad_enabled() or not are_plain(cotangents):
             # a graph of this pass is asked for, or it is mapped: that needs the whole reserve
             with torch.no_grad():
                 gates, hidden_prev, cell_prev = _scan(config, batch_sizes, resets, grouped, save=True)[3:6]
@@ -353,7 +353,7 @@ class ScanBackward(Function):
         return (None, None, None, *gradients[:4], None, None, None, *gradients[4:])
 
 
-def _vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
+def vector_jacobian_product(function, inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
     """``torch.func.vjp``, but it also runs where saved-tensors hooks are active (``save_on_cpu``, a checkpoint)."""
     if torch._C._are_functorch_transforms_active():
         return torch.func.vjp(function, inputs)[1](cotangents)[0]
@@ -401,7 +401,7 @@ def _second_derivative(
             results = dict(zip(_RESULTS, results, strict=True))
             return {name: results[name] for name in d_results}
 
-        gradients = _vector_jacobian_product(forward, inputs, d_results)
+        gradients = vector_jacobian_product(forward, inputs, d_results)
         return {name: gradients[name] for name in wanted}
 
     def per_example(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -422,7 +422,7 @@ def _second_derivative(
             for name, g in gradients.items()
         }
 
-    gradients = _vector_jacobian_product(per_example, given, wanted)
+    gradients = vector_jacobian_product(per_example, given, wanted)
     return [gradients.get(name) for name in names]
 
 
@@ -590,6 +590,7 @@ def layer(
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     cells: bool = False,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one layer of ``cell`` over whole sequences, for D groups (directions) side by side.
 
@@ -611,12 +612,15 @@ def layer(
         lengths: (B,) int64 on x's device, for a dense input and the backend "reference" only: a sequence's state stays
             as it is past its length, and its output is zero there. Kernels take such a batch packed.
         cells: whether the LSTM's cell state after every step is wanted as well.
+        extras: what the step computes with beyond torch.nn's tensors; then all is kept, whatever ``checkpoint`` says.
 
     Returns:
         output (rows, D*H'), h_n like h0, for the LSTM c_n like c0, and with ``cells`` the cell states (rows, D*H).
         All of x's dtype.
     """
     inputs = _Inputs(x, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h0, c0)
+    if extras is not None:
+        return recurrence.layer(backend, cell, _grouped(inputs), batch_sizes, reverse, resets, lengths, cells, extras)
     if checkpoint is not None and checkpoint < 1:
         raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {checkpoint}")
     transformed = torch._C._are_functorch_transforms_active()

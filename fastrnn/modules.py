@@ -8,6 +8,7 @@ its errors are ours by construction.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, functional
 from . import lengths as _lengths
+from . import options as of_options
+from .options import Options
 from .reference import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -90,6 +93,8 @@ class _Layer(nn.RNNBase):
     """What the three layers share; ``_torch`` is the torch.nn class that a subclass stands in for."""
 
     _torch: ClassVar[type[nn.RNNBase]]
+    # What the module does beyond torch.nn's, None for nothing.
+    _options: Options | None = None
 
     @property
     def checkpoint(self) -> int | None:
@@ -101,10 +106,54 @@ class _Layer(nn.RNNBase):
         counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if value is not None and not counts:
             raise ValueError(f"checkpoint should be None or a number of time steps, 1 or more, got {value!r}")
+        of_options.refuse_checkpoint(self._options, value)
         self.__dict__["_checkpoint"] = value
+
+    def _set_options(self, options: Options, checkpoint: int | None) -> None:
+        """The end of a constructor: check what torch.nn does not know, and make its parameters."""
+        options = of_options.checked(options, self.mode, self.hidden_size)
+        if options is not None:
+            self._options = options
+        self.checkpoint = checkpoint
+        if options is None:
+            return
+        like = self.weight_ih_l0
+        for name, (_, size) in self._further_parameters().items():
+            self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+        self._reset_further_parameters()
+
+    def _further_parameters(self) -> dict[str, tuple[str, int]]:
+        """Names of the parameters that torch.nn does not have, each with its role and length."""
+        sizes = of_options.parameter_sizes(self._options, self.mode, self.hidden_size)
+        return {
+            f"{role}_l{layer}{suffix}": (role, size)
+            for layer in range(self.num_layers)
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]
+            for role, size in sizes.items()
+        }
+
+    def _reset_further_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
+        for name, (role, _) in self._further_parameters().items():
+            if "_ln_" in role:
+                nn.init.constant_(getattr(self, name), role.startswith("weight"))
+            else:
+                nn.init.uniform_(getattr(self, name), -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: uniform up to 1 / sqrt(hidden_size); layer normalization begins with 1 and 0."""
+        if self._options is None:
+            super().reset_parameters()
+            return
+        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
+        for name in self._flat_weights_names:
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+        self._reset_further_parameters()
 
     def extra_repr(self) -> str:
         more = "" if self.checkpoint is None else f", checkpoint={self.checkpoint}"
+        if self._options is not None:
+            more += f", {self._options}"
         return super().extra_repr() + more
 
     # torch keeps lists of its weights that go stale (after functional_call, deepcopy, a parametrization). Here they are
@@ -142,7 +191,8 @@ class _Layer(nn.RNNBase):
         """The fields of this module's ``dispatch.Call``."""
         directions = 2 if self.bidirectional else 1
         cell = self.mode.lower()
-        return cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
+        call = cell, device, dtype, self.input_size, self.hidden_size, self.proj_size, directions
+        return call if self._options is None else (*call, self._options.in_effect(self.training))
 
     def _weights(self) -> list[list[Tensor | None]]:
         """Per layer and direction: weight_ih, weight_hh, then the biases and weight_hr as far as there are any."""
@@ -202,7 +252,7 @@ class _Layer(nn.RNNBase):
         if isinstance(input, torch.fx.Proxy):
             more = {"resets": resets, "lengths": lengths, "return_cells": return_cells or None}
             return _as_call_module(self, input, hx, **more)
-        beyond_torch = resets is not None or lengths is not None or return_cells
+        beyond_torch = resets is not None or lengths is not None or return_cells or self._options is not None
         if return_cells and self.mode != "LSTM":
             kind = type(self).__name__
             raise TypeError(f"return_cells is for the LSTM: {kind} has no cell state, its output holds every state")
@@ -210,8 +260,11 @@ class _Layer(nn.RNNBase):
         if prepared is None:
             result = self._torch.forward(self, input, hx)
             if beyond_torch:
-                names = "resets, lengths and return_cells"
-                raise ValueError(f"{names} need an input of torch.nn's ordinary form, with at least one element")
+                given = {"resets": resets is not None, "lengths": lengths is not None, "return_cells": return_cells}
+                asked = [name for name, is_given in given.items() if is_given]
+                asked += [] if self._options is None else [str(self._options)]
+                form = "an input of torch.nn's ordinary form, with at least one element"
+                raise ValueError(f"{', '.join(asked)}: this needs {form}")
             return result
         backend, rows, batch_sizes, batch, state, weights, dtype = prepared
         packed = isinstance(input, PackedSequence)
@@ -352,7 +405,7 @@ class _Layer(nn.RNNBase):
 
     def _run(self, backend, rows, batch_sizes, batch, state, weights, dtype, unbatched, resets, lengths, return_cells):
         """All layers: rows (R, I) to the last layer's output (R, D*H'), the final state, and cells (R, D*H) or None."""
-        directions = 2 if self.bidirectional else 1
+        directions, options = 2 if self.bidirectional else 1, self._options
         reverse = [0, 1][:directions]
         cell = self.mode.lower()
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
@@ -382,12 +435,18 @@ class _Layer(nn.RNNBase):
                 merged = [None if pair[0] is None else torch.stack(pair) for pair in zip(*groups, strict=True)]
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = merged
             h0, c0 = (*initial, None)[:2]
+            below, extras = rows, None
+            if options is not None:
+                weight_hh = of_options.recurrent_weight(options, weight_hh, self.training)
+                extras = self._extras(layer, initial, rows.shape[0], batch_sizes, resets)
             rows, *final = _run_layer(
                 *(backend, cell, rows, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr),
                 *(h0, c0, batch_sizes, reverse, self.checkpoint, resets, lengths),
-                return_cells and layer == self.num_layers - 1,
+                *(return_cells and layer == self.num_layers - 1, extras),
             )
             finals.append(final)
+            if options is not None and options.residual and layer:
+                rows = rows + below.view_as(rows)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 # over the flat rows: the same mask as torch's from the same seed
                 rows = nn.functional.dropout(rows, self.dropout, True)
@@ -395,6 +454,16 @@ class _Layer(nn.RNNBase):
         if self.num_layers == 1:
             return rows, tuple(finals[0]), cells
         return rows, tuple(torch.cat(parts) for parts in zip(*finals, strict=True)), cells
+
+    def _extras(self, layer: int, state, rows: int, batch_sizes, resets):
+        """What the options of one layer add to a call, None for nothing; ``state`` is the layer's, cast as needed."""
+        suffixes = ("", "_reverse")[: 2 if self.bidirectional else 1]
+        roles = of_options.parameter_sizes(self._options, self.mode, self.hidden_size)
+        parameters = {
+            role: torch.stack([_cast(getattr(self, f"{role}_l{layer}{suffix}"), state[0].dtype) for suffix in suffixes])
+            for role in roles
+        }
+        return of_options.extras(self._options, parameters, state, rows, batch_sizes, resets, self.training)
 
 
 def _by_role(group: list[Tensor], bias: bool) -> list[Tensor | None]:
@@ -441,8 +510,26 @@ class RNN(_Layer):
             in the backward pass (Chen et al. 2016): one more forward pass of time, and memory for input, output and
             one such piece. None keeps everything; so do ``torch.compile``, ``torch.func`` and the backend "torch".
 
+    What torch.nn does not have, by keyword only; combinations that have no meaning raise:
+
+        recurrent_dropout: in training, probability of dropping a unit of h where W_hh reads it: one mask a call, layer
+            and sequence, the same at all of its time steps (Gal and Ghahramani 2016).
+        zoneout: in training, probability that a unit keeps its old state in a time step; in ``eval()`` the share of the
+            old state in the new one (Krueger et al. 2017). For the LSTM also a pair, of c and of h; h is made from the
+            new c before its zoneout.
+        weight_dropout: in training, probability of dropping a weight of W_hh, one mask a call (Merity et al. 2018).
+        layer_norm: W_ih x and W_hh h are each normalized over all of their values and scaled by ``weight_ln_ih_l0``,
+            ``bias_ln_ih_l0``, ``weight_ln_hh_l0`` and ``bias_ln_hh_l0`` (G*H,), the biases are added after that, and
+            the LSTM's c' is normalized before its tanh, by ``weight_ln_c_l0`` and ``bias_ln_c_l0`` (H,) (Ba et al.
+            2016, equations 20 to 22). Suffixes are those of the other parameters.
+        residual: from the second layer on, a layer's input is added to its output.
+        periods: clockwork (Koutník et al. 2014, RNN only): the units in as many equal groups, of which one with period
+            p moves in the time steps t with t % p == 0 and reads units of its own or longer periods. t counts from the
+            first step of a call's sequence, or its last reset, in both directions.
+
     Raises:
-        ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages.
+        ValueError, TypeError, RuntimeError: as ``torch.nn.RNN`` does, with its messages; and for an option of a wrong
+            type or range, or one that does not go with another.
     """
 
     _torch = nn.RNN
@@ -461,6 +548,12 @@ class RNN(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        residual: bool = False,
+        periods: tuple[int, ...] | None = None,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -473,14 +566,25 @@ class RNN(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            residual=residual,
+            periods=periods,
+        )
+        self._set_options(options, checkpoint)
 
 
 class GRU(_Layer):
     """Drop-in for ``torch.nn.GRU`` (Cho et al. 2014, reset gate behind the recurrent product as in cuDNN).
 
     ``r = σ(..)``, ``z = σ(..)``, ``n = tanh(W_in x + b_in + r ⊙ (W_hn h + b_hn))``, ``h' = (1 - z) ⊙ n + z ⊙
-    h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``.
+    h``. Arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity`` and ``periods``, and
+
+        reset_after: by keyword only; False puts the reset gate before the product, as the textbook has it:
+            ``n = tanh(W_in x + b_in + W_hn (r ⊙ h) + b_hn)``. ``fastrnn.load_keras_weights`` maps Keras's weights.
     """
 
     _torch = nn.GRU
@@ -498,6 +602,12 @@ class GRU(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        reset_after: bool = True,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        residual: bool = False,
         **unknown,
     ) -> None:
         _reject_proj_size(unknown)
@@ -507,15 +617,26 @@ class GRU(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            reset_after=reset_after,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            residual=residual,
+        )
+        self._set_options(options, checkpoint)
 
 
 class LSTM(_Layer):
     """Drop-in for ``torch.nn.LSTM`` (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
 
     ``c' = f ⊙ c + i ⊙ g``, ``h' = o ⊙ tanh(c')``, and with ``proj_size`` P > 0 ``h' = W_hr h'`` of P features
-    (Sak et al. 2014). Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity``;
-    the state is a pair (h, c).
+    (Sak et al. 2014). Other arguments, shapes and errors are those of ``fastrnn.RNN`` without ``nonlinearity`` and
+    ``periods``; the state is a pair (h, c); and
+
+        peephole: by keyword only; i and f also read c, and o reads c', through the diagonal weights ``weight_ci_l0``,
+            ``weight_cf_l0`` and ``weight_co_l0`` (H,) (Gers and Schmidhuber 2000).
     """
 
     _torch = nn.LSTM
@@ -534,6 +655,12 @@ class LSTM(_Layer):
         dtype=None,
         *,
         checkpoint: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -541,7 +668,15 @@ class LSTM(_Layer):
             device=device,
             dtype=dtype,
         )
-        self.checkpoint = checkpoint
+        options = Options(
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
+            peephole=peephole,
+            residual=residual,
+        )
+        self._set_options(options, checkpoint)
 
     # torch.nn.LSTM.forward, which runs for calls left to torch, needs these three.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -27,7 +27,7 @@ class Stream:
 
     Raises:
         TypeError: the module is no layer of fastrnn.
-        ValueError: it is bidirectional, or batch_size is no positive number.
+        ValueError: it is bidirectional, has periods, or batch_size is no positive number.
 
     Example:
         >>> stream = fastrnn.Stream(fastrnn.GRU(16, 64))
@@ -43,6 +43,8 @@ class Stream:
             )
         if module.bidirectional:
             raise ValueError("a bidirectional module needs the whole sequence before it can give the first output")
+        if module._options is not None and module._options.periods is not None:
+            raise ValueError("the clock of a module with periods begins anew in every call: run whole sequences")
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size should be a positive whole number, got {batch_size!r}")
         self.module = module
@@ -189,6 +191,8 @@ class Stream:
         self._inner, self._last = [], None
         module, weights, dtype = self.module, self._weights(), x.dtype
         if weights is None or type(module).forward is not _Layer.forward or is_any_autocast_enabled():
+            return False
+        if module._options is not None:
             return False
         if dtype not in (torch.float32, torch.float64) or not _is_as_kernels_take(x, dtype, x.shape):
             return False

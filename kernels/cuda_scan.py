@@ -11,6 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
+from ..options import STEP_OPTIONS
 from . import gpu_layer
 from .gpu_layer import Backward, Forward, Scan, direction_bits, on
 
@@ -67,6 +68,8 @@ def can_run(call) -> str | None:
         return f"it computes in bfloat16, float16 and float32, the input is {call.dtype}"
     if call.proj_size:
         return "its kernels have no projections (proj_size)"
+    if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
+        return f"its kernels have no {', '.join(sorted(missing))}"
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     if not on_host and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"

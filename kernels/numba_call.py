@@ -44,3 +44,18 @@ PART_BARRIERS = -(-(_next + 6) // 8) * 8
 
 # One row of the part table: direction, whether it runs backward in time, first batch row, end of batch rows.
 PART_FIELDS = 4
+
+# Of a time loop alone (``numba_recurrence.py``), whose parts are never shared, from where barriers would stand.
+# GATES_X (R, D, G*H): the input's share of the gates, all constants added; BIAS_HN as above. MASK (D, B, H): by what
+# W_hh's operand is multiplied. KEEP_HIDDEN and KEEP_CELL (R, D, H), or one row for all: then their strides from row to
+# row are 0. WEIGHT_LN_HH (D, G*H), WEIGHT_LN_C and BIAS_LN_C (D, H),
+# WEIGHT_CI, WEIGHT_CF and WEIGHT_CO (D, H). NORMALIZED (R, D, G*H) and SCALE (R, D): the normalized product, and the
+# reciprocal of its standard deviation. D_PRODUCT (R, D, G*H) is the gradient of the product, maybe the same as DGATES,
+# here (R, D, G*H); NORMALIZED_C and D_NORMALIZED_C (R, D, H): the normalized new cell state and the gradient of what
+# scale and shift make of it.
+_next = PART_BARRIERS
+(GATES_X, MASK, KEEP_HIDDEN, KEEP_CELL, KEEP_HIDDEN_STRIDE, KEEP_CELL_STRIDE) = range(_next, _next + 6)
+_next += 6
+(WEIGHT_LN_HH, WEIGHT_LN_C, BIAS_LN_C, WEIGHT_CI, WEIGHT_CF, WEIGHT_CO) = range(_next, _next + 6)
+_next += 6
+(NORMALIZED, SCALE, D_PRODUCT, NORMALIZED_C, D_NORMALIZED_C, RECURRENCE_TABLE) = range(_next, _next + 6)

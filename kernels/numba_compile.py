@@ -32,7 +32,10 @@ from .numba_team import TEAM_SIZE, YIELD
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"numba_{name}.py")
-    for name in ("simd", "pairs", "team", "tile", "cells", "call", "scan", "gradients", "layer", "compile")
+    for name in (
+        *("simd", "pairs", "team", "tile", "cells", "call", "scan", "gradients", "layer", "compile"),
+        *("option_cells", "option_scan", "recurrence"),
+    )
 )
 _SIGNATURE = types.void(types.CPointer(types.int64))
 

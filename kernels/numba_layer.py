@@ -16,6 +16,7 @@ from numba import types
 from torch import Tensor
 
 from ..ops import zero_before_first_step
+from ..options import STEP_OPTIONS
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
@@ -239,7 +240,7 @@ def _step_ns(sequences: int, weights: int, units: int, itemsize: int, members: i
     return max(computing, reading) + sequences * units * share * UNIT_NS + (WAIT_NS if members > 1 else 0)
 
 
-def _split(threads, batch, reverse, weights, units, panels, itemsize, shareable) -> tuple[int, int]:
+def split_batch(threads, batch, reverse, weights, units, panels, itemsize, shareable) -> tuple[int, int]:
     """Into how many ranges the batch is cut, and how many threads share a part, for the shortest time step."""
     directions = len(reverse)
     best = None
@@ -251,6 +252,23 @@ def _split(threads, batch, reverse, weights, units, panels, itemsize, shareable)
             best = time, chunks, members
     _, chunks, members = best
     return chunks, members
+
+
+def make_parts(batch: int, chunks: int, reverse, batch_sizes: Tensor | None) -> list[tuple[int, int, int, int]]:
+    """The rows of the part table: every direction, with ``chunks`` ranges of the batch of about as many rows each."""
+    bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
+    if batch_sizes is not None and chunks > 1:
+        # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
+        ended = torch.bincount(batch_sizes, minlength=batch + 1)[:batch].cumsum(0)
+        running = (len(batch_sizes) - ended).cumsum(0)
+        shares = running[-1] * torch.arange(1, chunks) / chunks
+        bounds = [0, *(torch.searchsorted(running, shares) + 1).tolist(), batch]
+    return [
+        (direction, backwards, first, end)
+        for first, end in itertools.pairwise(bounds)
+        for direction, backwards in enumerate(reverse)
+        if end > first
+    ]
 
 
 class Plan(NamedTuple):
@@ -306,20 +324,8 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     shareable = batch_sizes is None and not sizes.projected
     panels, operand_bytes = max(1, size // (WIDE * lanes)), 2 if sizes.paired else itemsize
     weights = gate_size * state_size
-    chunks, members = _split(threads, batch, sizes.reverse, weights, size, panels, operand_bytes, shareable)
-    bounds = [batch * chunk // chunks for chunk in range(chunks + 1)]
-    if batch_sizes is not None and chunks > 1:
-        # sequences are sorted by falling length: row b runs in all steps but those whose batch size is at most b
-        ended = torch.bincount(batch_sizes, minlength=batch + 1)[:batch].cumsum(0)
-        running = (len(batch_sizes) - ended).cumsum(0)
-        shares = running[-1] * torch.arange(1, chunks) / chunks
-        bounds = [0, *(torch.searchsorted(running, shares) + 1).tolist(), batch]
-    parts = [
-        (direction, backwards, first, end)
-        for first, end in itertools.pairwise(bounds)
-        for direction, backwards in enumerate(sizes.reverse)
-        if end > first
-    ]
+    chunks, members = split_batch(threads, batch, sizes.reverse, weights, size, panels, operand_bytes, shareable)
+    parts = make_parts(batch, chunks, sizes.reverse, batch_sizes)
     if not backward:  # threads without a part of their own are of use in the products of the backward pass only
         threads = min(threads, len(parts) * members)
     part_rows = max(end - first for _, _, first, end in parts)
@@ -393,21 +399,21 @@ _kept = _Kept()
 KEPT_BYTES = 64 << 20
 
 
-def _prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor as kernels take it: itself where it is that already."""
     if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
     return tensor.to(dtype).contiguous().resolve_neg()
 
 
-def _new(like: Tensor, *shape: int) -> Tensor:
+def new_tensor(like: Tensor, *shape: int) -> Tensor:
     """Memory for a result, of the dtype of ``like``."""
     tensor = like.new_empty(shape)
     use_large_pages(tensor)
     return tensor
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -432,11 +438,13 @@ def can_run(call) -> str | None:
         return f"it runs on the CPU, the input is on {call.device}"
     if call.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"it computes in floating point, the input is {call.dtype}"
+    if call.options and call.proj_size and (missing := STEP_OPTIONS.intersection(call.options)):
+        return f"its kernels have no {', '.join(sorted(missing))} with projections (proj_size)"
     return None
 
 
-def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
-    """Run the kernel for a plan on arrays, given by the field that takes their address."""
+def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None]) -> None:
+    """Run a kernel by its plan on arrays, given by the field that takes their address."""
     call = list(plan.values)
     for place, tensor in arrays.items():
         if tensor is not None:
@@ -449,7 +457,7 @@ def _run(plan: Plan, sizes: Sizes, arrays: dict[int, Tensor | None]) -> None:
     address = memory.data_ptr()
     for place, offset in plan.regions:
         call[place] = address + offset
-    run(kernel(sizes.cell, sizes.backward, sizes.dtype, sizes.projected), call, plan.threads)
+    run(address_of_kernel, call, plan.threads)
     if memory.numel() <= KEPT_BYTES:
         _kept.memory = memory
 
@@ -458,7 +466,7 @@ def _plan(sizes: Sizes, batch_sizes: Tensor | None) -> Plan:
     return make_plan(sizes) if batch_sizes is None else make_plan.__wrapped__(sizes, batch_sizes)
 
 
-def _steps(rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
+def count_steps(rows: int, batch: int, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
     """The number of time steps, and the batch sizes if they differ from one another."""
     if batch_sizes is None or int(batch_sizes[-1]) == batch:
         return rows // batch, None
@@ -486,26 +494,26 @@ def layer_forward(
     compute, kernel_dtype = _compute_dtype(dtype), _kernel_dtype(dtype, rows)
 
     x, weight_ih, weight_hh, weight_hr = (
-        _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
+        prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
-    bias_ih, bias_hh = _prepared(bias_ih, compute), _prepared(bias_hh, compute)
+    bias_ih, bias_hh = prepared(bias_ih, compute), prepared(bias_hh, compute)
     batch, state_size = h0.shape[1:]
-    hidden = _copied(h0, compute)
-    cell_state = None if c0 is None else _copied(c0, compute)
+    hidden = copied(h0, compute)
+    cell_state = None if c0 is None else copied(c0, compute)
     directions, size = weight_hh.shape[0], weight_hh.shape[1] // LAYOUTS[cell].gates
-    output = _new(hidden, rows, directions * state_size)
+    output = new_tensor(hidden, rows, directions * state_size)
     gates = hidden_prev = cell_prev = None
     if save:
-        gates = _new(hidden, rows, directions, LAYOUTS[cell].saved * size)
-        hidden_prev = _new(hidden, rows, directions, state_size)
-        cell_prev = None if c0 is None else _new(hidden, rows, directions, size)
-    cells = _new(hidden, rows, directions * size) if cells else None
+        gates = new_tensor(hidden, rows, directions, LAYOUTS[cell].saved * size)
+        hidden_prev = new_tensor(hidden, rows, directions, state_size)
+        cell_prev = None if c0 is None else new_tensor(hidden, rows, directions, size)
+    cells = new_tensor(hidden, rows, directions * size) if cells else None
     if rows:
         if resets is not None:
             resets = resets.contiguous()
             zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
         _, sources, input_size = x.shape
-        steps, batch_sizes = _steps(rows, batch, batch_sizes)
+        steps, batch_sizes = count_steps(rows, batch, batch_sizes)
         sizes = Sizes(
             *(cell, False, kernel_dtype, torch.get_num_threads(), rows, steps, batch, directions, sources),
             *(input_size, size, state_size, tuple(reverse), weight_hr is not None, save, 1),
@@ -521,7 +529,7 @@ def layer_forward(
         }
         if cells is not None:
             arrays[field.CELLS] = cells
-        _run(plan, sizes, arrays)
+        run_plan(plan, kernel(cell, False, kernel_dtype, weight_hr is not None), arrays)
     results = (output, hidden, cell_state, gates, hidden_prev, cell_prev)
     if cells is not None:
         results += (cells,)
@@ -556,10 +564,10 @@ def layer_backward(
 
     saved = gates
     x, weight_ih, weight_hh, weight_hr = (
-        _prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
+        prepared(tensor, kernel_dtype) for tensor in (x, weight_ih, weight_hh, weight_hr)
     )
     gates, hidden_prev, cell_prev, d_output = (
-        _prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output)
+        prepared(tensor, compute) for tensor in (gates, hidden_prev, cell_prev, d_output)
     )
     directions, gate_size, state_size = weight_hh.shape
     size = gate_size // LAYOUTS[cell].gates
@@ -567,13 +575,13 @@ def layer_backward(
     def state_gradient(tensor, columns):
         if tensor is None:
             return gates.new_zeros(directions, batch, columns)
-        return _copied(tensor, compute)
+        return copied(tensor, compute)
 
     needs_x, needs_weight_ih, needs_bias_ih, needs_weight_hh, needs_bias_hh, needs_weight_hr = needs
     new = gates.new_empty if rows else gates.new_zeros
     d_hidden = state_gradient(d_h_n, state_size)
     d_cell = None if cell_prev is None else state_gradient(d_c_n, size)
-    dx = _new(gates, rows, sources, input_size) if needs_x else None
+    dx = new_tensor(gates, rows, sources, input_size) if needs_x else None
     d_weight_ih = new(examples, directions, gate_size, input_size) if needs_weight_ih else None
     d_bias_ih = new(examples, directions, gate_size) if needs_bias_ih else None
     d_weight_hh = new(examples, directions, gate_size, state_size) if needs_weight_hh else None
@@ -585,9 +593,9 @@ def layer_backward(
             i, f, g, o = gates.chunk(4, -1)
             unprojected = o * torch.tanh(f * cell_prev + i * g)
         # a reserve that was converted is a copy already
-        dgates = gates if overwrite or gates is not saved else _new(gates, *gates.shape)
+        dgates = gates if overwrite or gates is not saved else new_tensor(gates, *gates.shape)
         d_projected = None if weight_hr is None else gates.new_empty(rows, directions, state_size)
-        steps, batch_sizes = _steps(rows, batch, batch_sizes)
+        steps, batch_sizes = count_steps(rows, batch, batch_sizes)
         sizes = Sizes(
             *(cell, True, kernel_dtype, torch.get_num_threads(), rows, steps, batch, directions, sources),
             *(input_size, size, state_size, tuple(reverse), weight_hr is not None, needs_x, examples),
@@ -602,7 +610,7 @@ def layer_backward(
             **{field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()},
         }
         if d_cells is not None:
-            arrays[field.D_CELLS] = d_cells = _prepared(d_cells, compute)
-        _run(_plan(sizes, batch_sizes), sizes, arrays)
+            arrays[field.D_CELLS] = d_cells = prepared(d_cells, compute)
+        run_plan(_plan(sizes, batch_sizes), kernel(cell, True, kernel_dtype, weight_hr is not None), arrays)
     results = (dx, d_weight_ih, d_bias_ih, d_weight_hh, d_bias_hh, d_weight_hr, d_hidden, d_cell)
     return _converted(results, dtype)

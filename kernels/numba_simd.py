@@ -290,6 +290,23 @@ def store_transposed(typingctx, source, source_stride, rows, columns, target, ta
     return types.void(source, i64, i64, i64, target, i64), codegen
 
 
+@intrinsic
+def sum_of(typingctx, vector):
+    """The sum of a vector's lanes, halves added to each other until one value is left."""
+
+    def codegen(context, builder, sig, args):
+        total, order = args[0], ir.VectorType(ir.IntType(32), vector.lanes)
+        undefined = ir.Constant(_llvm_type(vector), ir.Undefined)
+        half = vector.lanes // 2
+        while half:
+            places = [lane + half if lane < half else lane for lane in range(vector.lanes)]
+            total = builder.fadd(total, builder.shuffle_vector(total, undefined, ir.Constant(order, places)))
+            half //= 2
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return vector.dtype(vector), codegen
+
+
 # Threads.
 
 

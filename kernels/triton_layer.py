@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..options import STEP_OPTIONS
 from ..reference import CELLS
 from . import gpu_layer
 from .gpu_layer import Backward, Forward, Scan, direction_bits, on
@@ -46,6 +47,8 @@ def can_run(call) -> str | None:
         return f"it computes in floating point, the input is {call.dtype}"
     if call.proj_size:
         return "its kernels have no projections (proj_size)"
+    if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
+        return f"its kernels have no {', '.join(sorted(missing))}"
     return None
 
 
