@@ -26,7 +26,7 @@ OUT ?= bench/out/gpu
 FLASHRNN_SECONDS ?= 60
 FLASHRNN_WORKLOADS ?= flashrnn-768 neural-hydrology sample-factory
 
-.PHONY: help venv bench test mutate gpu lint format clean
+.PHONY: help venv bench test test-compiling test-others mutate gpu lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +36,20 @@ venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, wit
 bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
+# Tests of time and of threads have the machine to themselves. Then those that mostly compile run beside all others, one
+# thread each: two processes that both use every core wait for each other.
+ALONE = $(addprefix tests/test_, cache.py differential.py matrix.py packaging.py properties.py threads_fork.py)
+COMPILING = $(addprefix tests/test_, cuda_build.py cuda_host.py options.py triton.py triton_compile.py)
+
 test: $(STAMP) lint ## Lint, format check and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others
+
+test-compiling: $(STAMP)
+	$(BIN)/python -m pytest $(COMPILING)
+
+test-others: $(STAMP)
+	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(ALONE) $(COMPILING))
 
 mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and list those that no test notices
 	PYTHONPATH=.:tests $(BIN)/python tests/mutate.py
