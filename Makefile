@@ -36,20 +36,18 @@ venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, wit
 bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
-# Tests of time and of threads have the machine to themselves. Then those that mostly compile run beside all others, one
-# thread each: two processes that both use every core wait for each other.
-ALONE = $(addprefix tests/test_, cache.py differential.py matrix.py packaging.py properties.py threads_fork.py)
-COMPILING = $(addprefix tests/test_, cuda_build.py cuda_host.py options.py triton.py triton_compile.py)
+# Two processes with one thread each: two that both use every core wait for each other. The first has what compiles.
+COMPILING = $(addprefix tests/test_, cache.py packaging.py cuda_build.py cuda_host.py options.py triton.py \
+    triton_compile.py vector_widths.py)
 
 test: $(STAMP) lint ## Lint, format check and all tests
-	$(BIN)/python -m pytest $(ALONE)
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others
+	OMP_NUM_THREADS=1 MAX_JOBS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others
 
 test-compiling: $(STAMP)
 	$(BIN)/python -m pytest $(COMPILING)
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(ALONE) $(COMPILING))
+	$(BIN)/python -m pytest $(COMPILING:%=--ignore=%)
 
 mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and list those that no test notices
 	PYTHONPATH=.:tests $(BIN)/python tests/mutate.py
@@ -61,11 +59,14 @@ gpu: ## On a machine with a GPU: build, GPU tests, benchmark against cuDNN and F
 	mkdir -p $(OUT)
 	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"; print(torch.cuda.get_device_name())'
 	$(GPU_PYTHON) -c 'import pytest' || { echo 'the GPU tests need pytest: $(GPU_PYTHON) -m pip install pytest' >&2; exit 1; }
-	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	FASTRNN_CUDA_ARCHS="$${FASTRNN_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}" \
+	    $(GPU_PYTHON) setup.py -q build_ext --inplace
 	status=0; \
-	timeout 230 $(GPU_PYTHON) -m pytest -q --maxfail 10 tests/test_gpu.py 2>&1 | tee $(OUT)/tests.txt || status=1; \
-	timeout 220 $(GPU_PYTHON) -m bench --device cuda --dtype bfloat16 --backend triton --seconds 2 --stop-after 190 \
-	    --output $(OUT)/results.csv --plot $(OUT)/ratios.png 2>&1 | tee $(OUT)/summary.txt || status=1; \
+	timeout 200 $(GPU_PYTHON) -m pytest -q --maxfail 10 tests/test_gpu.py 2>&1 | tee $(OUT)/tests.txt || status=1; \
+	for backend in cuda triton; do \
+	    timeout 125 $(GPU_PYTHON) -m bench --device cuda --dtype bfloat16 --backend $$backend --seconds 1 --stop-after 100 \
+	        --output $(OUT)/results.csv --plot $(OUT)/$$backend.png 2>&1 | tee $(OUT)/$$backend.txt || status=1; \
+	done; \
 	if $(GPU_PYTHON) -c 'import flashrnn' >/dev/null 2>&1; then \
 	    timeout $(FLASHRNN_SECONDS) $(GPU_PYTHON) -m bench --device cuda --dtype bfloat16 --backend flashrnn --seconds 1 \
 	        $(FLASHRNN_WORKLOADS:%=--workload %) --output $(OUT)/results.csv --plot $(OUT)/flashrnn.png \

@@ -5,7 +5,9 @@ Torch takes no part, so that one build serves every release of it, and needs no 
 FASTRNN_BUILD_CUDA  1 builds or fails, 0 does not build, auto (if unset) builds where it can and says what it chose.
 CUDA_HOME           where CUDA is; else the nvcc on the path is taken.
 FASTRNN_CUDA_FLAGS  more flags for nvcc.
-FASTRNN_CUDA_ARCHS  the GPUs to build for, "80 90 100" if unset; PTX for newer ones comes from 90, or the first.
+MAX_JOBS            how many files to compile at a time.
+FASTRNN_CUDA_ARCHS  the GPUs to build for; if unset "80 90 100", as far as nvcc knows them. Newer ones get PTX, from 90
+                    or the first.
 """
 
 import os
@@ -16,8 +18,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
+ARCHS = ("80", "90", "100")
 SOURCES = ("lstm.cu", "gru.cu", "rnn.cu", "error.cu", "bindings.cpp")
 
 NINJA = """
@@ -47,6 +51,8 @@ def why_not_to_build() -> str | None:
     if asked == "0":
         return "FASTRNN_BUILD_CUDA is 0"
     missing = []
+    if sys.platform != "linux":
+        missing.append("Linux")
     if find_nvcc() is None:
         missing.append("nvcc: set CUDA_HOME to where CUDA is, or put nvcc on the path")
     for module in ("pybind11", "ninja"):
@@ -57,6 +63,14 @@ def why_not_to_build() -> str | None:
     if missing and asked == "1":
         sys.exit(f"FASTRNN_BUILD_CUDA is 1, and these are missing: {'; '.join(missing)}")
     return f"missing: {'; '.join(missing)}" if missing else None
+
+
+def chosen_archs(nvcc: Path) -> list[str]:
+    """The GPUs to build for: those that were asked for, or as many of the usual ones as nvcc knows."""
+    if asked := os.environ.get("FASTRNN_CUDA_ARCHS"):
+        return asked.replace(",", " ").split()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ARCHS if f"compute_{arch}" in known]
 
 
 class Build(build_ext):
@@ -70,7 +84,7 @@ class Build(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("FASTRNN_CUDA_ARCHS", "80 90 100").replace(",", " ").split()
+        archs = chosen_archs(find_nvcc())
         ptx = "90" if "90" in archs else archs[0]
         flags = [
             *("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-DFASTRNN_MODULE=_cuda"),
@@ -91,11 +105,18 @@ class Build(build_ext):
         text += f"build {escaped(target)}: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(text)
         print(f"fastrnn: building the CUDA kernels for {', '.join(archs)} into {target}", flush=True)
-        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], check=True)
+        try:
+            jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+            subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            # setuptools goes on without an optional extension
+            raise CompileError(f"fastrnn: the CUDA kernels were not built: {error}") from error
 
 
 reason = why_not_to_build()
 if "build_ext" in sys.argv or "bdist_wheel" in sys.argv or "editable_wheel" in sys.argv:
     print("fastrnn: the CUDA kernels are " + (f"not built ({reason})" if reason else "built"), flush=True)
 sources = [f"csrc/{name}" for name in SOURCES]
-setup(ext_modules=[] if reason else [Extension("fastrnn._cuda", sources)], cmdclass={"build_ext": Build})
+optional = os.environ.get("FASTRNN_BUILD_CUDA", "auto") == "auto"
+extension = Extension("fastrnn._cuda", sources, optional=optional)
+setup(ext_modules=[] if reason else [extension], cmdclass={"build_ext": Build})

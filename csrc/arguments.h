@@ -53,7 +53,7 @@ struct Launch {
     bool backward;
     bool spread;  // regime L, else S
     int tiles;    // of 8 sequences, that a block works on: 1 or 2
-    int groups;   // of blocks, in regime L
+    int teams;    // of blocks, in regime L
     uint64_t stream;
     // Unless null: only say what the grid would be.
     Grid* grid;

@@ -28,11 +28,11 @@ int launch_any(const std::string& cell, const Arguments& p, const Launch& launch
 }
 
 // See Arguments and Launch; tensors are addresses, 0 where there is none.
-void scan(const std::string& cell, int type, bool backward, bool spread, int tiles, int groups_of_blocks,
-          uint64_t stream, uint64_t weights, uint64_t bias_hn, uint64_t gates_x, uint64_t offsets, uint64_t resets,
-          uint64_t exchange, uint64_t initial, uint64_t hidden, uint64_t cell_state, uint64_t output, uint64_t gates,
-          uint64_t hidden_prev, uint64_t cell_prev, uint64_t cells, uint64_t dgates, uint64_t failure, int groups,
-          int batch, int steps, int size, int stride, uint32_t reverse, int period) {
+void scan(const std::string& cell, int type, bool backward, bool spread, int tiles, int teams, uint64_t stream,
+          uint64_t weights, uint64_t bias_hn, uint64_t gates_x, uint64_t offsets, uint64_t resets, uint64_t exchange,
+          uint64_t initial, uint64_t hidden, uint64_t cell_state, uint64_t output, uint64_t gates, uint64_t hidden_prev,
+          uint64_t cell_prev, uint64_t cells, uint64_t dgates, uint64_t failure, int groups, int batch, int steps,
+          int size, int stride, uint32_t reverse, int period) {
     Arguments p = {};
     p.weights = address<void>(weights), p.bias_hn = address<void>(bias_hn), p.gates_x = address<void>(gates_x);
     p.offsets = address<int64_t>(offsets), p.resets = address<uint8_t>(resets);
@@ -44,7 +44,7 @@ void scan(const std::string& cell, int type, bool backward, bool spread, int til
     p.groups = groups, p.batch = batch, p.steps = steps, p.size = size, p.stride = stride;
     p.reverse = reverse, p.period = period;
     p.variant.relu = cell == "rnn_relu";
-    const Launch launch = {type, backward, spread, tiles, groups_of_blocks, stream, nullptr};
+    const Launch launch = {type, backward, spread, tiles, teams, stream, nullptr};
     const int error = launch_any(cell, p, launch);
     if (error != 0)
         throw std::runtime_error("the launch of " + cell + (backward ? " backward" : " forward") + ", regime " +
@@ -67,7 +67,7 @@ py::object grid(const std::string& cell, int type, bool backward, bool spread, i
 PYBIND11_MODULE(FASTRNN_MODULE, m) {
     m.doc() = "The scans of csrc/, for fastrnn.kernels.cuda_scan";
     m.def("scan", &scan, py::kw_only(), py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"),
-          py::arg("tiles"), py::arg("groups_of_blocks"), py::arg("stream"), py::arg("weights"), py::arg("bias_hn"),
+          py::arg("tiles"), py::arg("teams"), py::arg("stream"), py::arg("weights"), py::arg("bias_hn"),
           py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"), py::arg("initial"),
           py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"), py::arg("hidden_prev"),
           py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"), py::arg("groups"),

@@ -6,10 +6,9 @@
 // * A store to shared memory may reach other threads late, and after younger ones, until a block barrier.
 // * A published word arrives at other blocks any time later, in any order; a look at four words may see some of them.
 // * Lanes of a warp are ordered by nothing but block barriers: mma, shuffles and warp_sync only bring them together.
-// Lanes
-//   that have waited for other blocks are apart until a warp_sync.
+//   Lanes that have waited for other blocks are apart until a warp_sync.
 // * Shared memory begins as NaN. A block may run as late as it can, or never.
-// * exponential is off by some units in the last place, products of a tensor core are rounded once.
+// * exponential is off by a unit or two in the last place, products of a tensor core are rounded once.
 //
 // Each place in the sources that orders or waits is a site; one of them may be dropped, to see whether a test notices.
 #pragma once
@@ -384,14 +383,13 @@ inline void store_shared4(uint32_t* target, Words value) {
 inline uint32_t shuffle_xor(uint32_t value, int mask) {
     const int lane = thread() % 32;
     host::warp().values[lane] = value;
-    uint32_t result[32];
     // the last lane reads for all, before anyone can overwrite
     host::together([](host::Warp& w) {
         for (int n = 0; n < 32; ++n) w.operands[n][0] = w.values[n];
     });
-    result[lane] = host::warp().operands[lane ^ mask][0];
+    const uint32_t result = host::warp().operands[lane ^ mask][0];
     host::together([](host::Warp&) {});
-    return result[lane];
+    return result;
 }
 
 inline float as_float(uint32_t bits) {
@@ -464,7 +462,7 @@ inline uint32_t rounded_to_tf32(uint32_t bits) {
     return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
 }
 
-// The GPU's is right to a few units in the last place.
+// The GPU's is off by about 2 + |x| units in the last place.
 inline float exponential(float x) {
     const float right = std::exp(x);
     return as_bits(right) % 2 == 0 ? right : right * (1.0f + 0x1p-22f);

@@ -27,7 +27,7 @@ struct Alone {
         const int extra =
             Weights<T, Cell::GATES, KEPT_CHUNKS<Cell, T, TILES, true>>::extra_words(chunks, threads / WARP);
         const int copies = 2 * columns * shared_stride(BACKWARD ? Cell::GATES * chunks : chunks);
-        return {(p.batch + columns - 1) / columns, p.groups, threads, (copies + extra) * 4, false};
+        return {batch_tiles(p, TILES) * p.groups, 1, threads, (copies + extra) * 4, false};
     }
 };
 
@@ -45,7 +45,7 @@ struct SpreadOut {
         const int most = (chunks + WARPS - 1) / WARPS;
         const int partials = 2 * WARPS * (BACKWARD ? 1 : Cell::GATES) * TILES * PARTIAL;
         const int extra = Weights<T, Cell::GATES, KEPT_CHUNKS<Cell, T, TILES, false>>::extra_words(most, WARPS);
-        return {(p.size + UNITS - 1) / UNITS, launch.groups, WARPS * WARP, (partials + extra) * 4, true};
+        return {(p.size + UNITS - 1) / UNITS, launch.teams, WARPS * WARP, (partials + extra) * 4, true};
     }
 };
 
@@ -76,7 +76,9 @@ int launch_cell(const Arguments& p, const Launch& launch) {
             return launch_type<Cell, Float16>(p, launch);
         case 2:
             return launch_type<Cell, Tf32>(p, launch);
-        default:
+        case 3:
             return launch_type<Cell, Float32>(p, launch);
+        default:
+            return INVALID_VALUE;
     }
 }

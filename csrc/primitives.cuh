@@ -221,8 +221,15 @@ int start(const Arguments& p, const Launch& launch) {
         return cudaSuccess;
     }
     const auto kernel = entry<Kernel, Arguments>;
-    // without this a block gets 48 KB
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    cudaError_t error = cudaSuccess;
+    if (grid.shared_bytes > 48 << 10) {
+        // always to the same limit: a smaller one would be another launch's loss
+        int device, most;
+        cudaGetDevice(&device);
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error == cudaSuccess) {
         cudaLaunchAttribute together = {};
         together.id = cudaLaunchAttributeCooperative;

@@ -20,6 +20,11 @@ constexpr int UNITS = 16;   // rows of a tile of weights
 constexpr int COLUMNS = 8;  // sequences of a tile of the batch
 constexpr int WARP = 32;
 
+// Tiles of 8 * `tiles` sequences that make up the batch.
+HOST_DEVICE int batch_tiles(const Arguments& p, int tiles) {
+    return (p.batch + COLUMNS * tiles - 1) / (COLUMNS * tiles);
+}
+
 // The rows of one time step.
 struct Step {
     int64_t first;

@@ -6,7 +6,7 @@
 //
 //     shared memory (sequence, element) -> products -> pointwise step -> shared memory, other copy -> barrier
 //
-// Grid: x batch tiles of 8 * TILES sequences, y directions. A thread has, for each tile, units 2r and 2r + 1 of its
+// Grid: directions times batch tiles of 8 * TILES sequences. A thread has, for each tile, units 2r and 2r + 1 of its
 // warp's 16 and sequences 2q and 2q + 1, as `multiply` leaves them.
 #pragma once
 
@@ -34,32 +34,39 @@ struct alignas(2 * sizeof(T)) Pair {
     T first, second;
 };
 
+// `even`: whether H is even, so that all pairs are whole and aligned (tensors begin at multiples of 16 bytes). It is
+// the same for the whole launch.
 template <class T>
-DEVICE Pair<T> load_pair(const T* source, int there) {
-    if (there >= 2 && (reinterpret_cast<uintptr_t>(source) & (sizeof(Pair<T>) - 1)) == 0)
-        return *reinterpret_cast<const Pair<T>*>(source);
+DEVICE Pair<T> load_pair(const T* source, int there, bool even) {
     Pair<T> pair = {};
+    if (even) {
+        if (there > 0) pair = *reinterpret_cast<const Pair<T>*>(source);
+        return pair;
+    }
     if (there >= 1) pair.first = source[0];
     if (there >= 2) pair.second = source[1];
     return pair;
 }
 
 template <class T>
-DEVICE void store_pair(T* target, float first, float second, int there) {
+DEVICE void store_pair(T* target, float first, float second, int there, bool even) {
     Pair<T> pair;
     convert(first, pair.first);
     convert(second, pair.second);
-    if (there >= 2 && (reinterpret_cast<uintptr_t>(target) & (sizeof(Pair<T>) - 1)) == 0) {
-        *reinterpret_cast<Pair<T>*>(target) = pair;
+    if (even) {
+        if (there > 0) *reinterpret_cast<Pair<T>*>(target) = pair;
     } else {
         if (there >= 1) target[0] = pair.first;
         if (there >= 2) target[1] = pair.second;
     }
 }
 
-// Put two neighbouring units where products find them.
+// Put two neighbouring units where products find them. Those that are not there are zeros: an infinite state makes NaN
+// of them, by their weights of zero.
 template <class T>
-DEVICE void share_pair(uint32_t* column, int unit, float first, float second) {
+DEVICE void share_pair(uint32_t* column, int unit, float first, float second, int there) {
+    first = there > 0 ? first : 0.0f;
+    second = there > 1 ? second : 0.0f;
     if constexpr (T::PER_WORD == 2) {
         store_shared(column + unit / 2, word_of<T>(first, second));
     } else {
@@ -73,16 +80,19 @@ struct Place {
     int group, lane;
     int unit, there;  // the first of its two units, and how many of the two there are
     int sequence;     // the first of its two sequences in the block's first tile
+    bool even;        // whether H is
 };
 
 template <int TILES>
 DEVICE Place place_of(const Arguments& p) {
+    const int tiles = batch_tiles(p, TILES);
     Place at;
-    at.group = block_y();
+    at.group = block_x() / tiles;
     at.lane = thread() % WARP;
     at.unit = thread() / WARP * UNITS + 2 * (at.lane / 4);
     at.there = p.size - at.unit;
-    at.sequence = block_x() * COLUMNS * TILES + 2 * (at.lane % 4);
+    at.sequence = block_x() % tiles * COLUMNS * TILES + 2 * (at.lane % 4);
+    at.even = p.size % 2 == 0;
     return at;
 }
 
@@ -137,8 +147,8 @@ DEVICE void forward_alone(const Arguments& p) {
                  thread() / WARP * UNITS, 0, 1, chunks, shared + 2 * copy);
     Pair<T> bias_hn = {};
     if (Cell::HAS_BIAS_HN)
-        bias_hn =
-            load_pair(static_cast<const T*>(p.bias_hn) + static_cast<int64_t>(at.group) * p.size + at.unit, at.there);
+        bias_hn = load_pair(static_cast<const T*>(p.bias_hn) + static_cast<int64_t>(at.group) * p.size + at.unit,
+                            at.there, at.even);
     const float bias[2] = {to_float(bias_hn.first), to_float(bias_hn.second)};
 
     // of every tile's sequences 2q and 2q + 1, units 2r and 2r + 1
@@ -161,7 +171,7 @@ DEVICE void forward_alone(const Arguments& p) {
                 UNROLLED (int gate = 0; gate < GATES; ++gate)
                     into[tile][j][gate] = load_pair(
                         static_cast<const T*>(p.gates_x) + element_of(p, at, step.first + sequence, GATES, gate),
-                        sequence < step.running ? at.there : 0);
+                        sequence < step.running ? at.there : 0, at.even);
             }
     };
     // Before the step: forget what is reset, and put the state where the products find it.
@@ -172,7 +182,8 @@ DEVICE void forward_alone(const Arguments& p) {
                 float (&h)[2] = hidden[tile][j];
                 if (sequence < step.running && is_reset(p, step.first + sequence, at.group))
                     h[0] = h[1] = cell[tile][j][0] = cell[tile][j][1] = 0.0f;
-                share_pair<T>(target + (tile * COLUMNS + 2 * (at.lane % 4) + j) * stride, at.unit, h[0], h[1]);
+                share_pair<T>(target + (tile * COLUMNS + 2 * (at.lane % 4) + j) * stride, at.unit, h[0], h[1],
+                              at.there);
             }
     };
 
@@ -204,8 +215,8 @@ DEVICE void forward_alone(const Arguments& p) {
                 const int64_t row = step.first + sequence;
                 float (&h)[2] = hidden[tile][j], (&c)[2] = cell[tile][j];
                 if (reserve != nullptr) {
-                    store_pair(hidden_prev + element_of(p, at, row), h[0], h[1], at.there);
-                    if (Cell::HAS_CELL) store_pair(cell_prev + element_of(p, at, row), c[0], c[1], at.there);
+                    store_pair(hidden_prev + element_of(p, at, row), h[0], h[1], at.there, at.even);
+                    if (Cell::HAS_CELL) store_pair(cell_prev + element_of(p, at, row), c[0], c[1], at.there, at.even);
                 }
                 float saved[2][SAVED];
                 UNROLLED (int i = 0; i < 2; ++i) {
@@ -217,13 +228,13 @@ DEVICE void forward_alone(const Arguments& p) {
                     }
                     Cell::template forward<T::EXACT>(p.variant, of_gate, x, bias[i], h[i], c[i], saved[i]);
                 }
-                store_pair(output + element_of(p, at, row), h[0], h[1], at.there);
+                store_pair(output + element_of(p, at, row), h[0], h[1], at.there, at.even);
                 if (Cell::HAS_CELL && p.cells != nullptr)
-                    store_pair(static_cast<T*>(p.cells) + element_of(p, at, row), c[0], c[1], at.there);
+                    store_pair(static_cast<T*>(p.cells) + element_of(p, at, row), c[0], c[1], at.there, at.even);
                 if (reserve != nullptr)
                     UNROLLED (int block = 0; block < SAVED; ++block)
                         store_pair(reserve + element_of(p, at, row, SAVED, block), saved[0][block], saved[1][block],
-                                   at.there);
+                                   at.there, at.even);
             }
 
         step = next;
@@ -273,7 +284,8 @@ DEVICE void backward_alone(const Arguments& p) {
         Pair<T> saved[SAVED], hidden_prev, cell_prev, d_output;
     };
     const auto gradient_at = [&](const void* gradient, int64_t row, int there) {
-        return load_pair(static_cast<const T*>(gradient) + element_of(p, at, row), gradient != nullptr ? there : 0);
+        return load_pair(static_cast<const T*>(gradient) + element_of(p, at, row), gradient != nullptr ? there : 0,
+                         at.even);
     };
     const auto load_inputs = [&](const Step& step, int tile, int j) {
         const int sequence = at.sequence + tile * COLUMNS + j;
@@ -281,11 +293,12 @@ DEVICE void backward_alone(const Arguments& p) {
         const int there = sequence < step.running ? at.there : 0;
         Inputs in = {};
         UNROLLED (int block = 0; block < SAVED; ++block)
-            in.saved[block] = load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there);
+            in.saved[block] =
+                load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there, at.even);
         if (Cell::HAS_BIAS_HN)
-            in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there);
+            in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there, at.even);
         if (Cell::HAS_CELL)
-            in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there);
+            in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there, at.even);
         in.d_output = gradient_at(p.output, row, there);
         return in;
     };
@@ -346,10 +359,11 @@ DEVICE void backward_alone(const Arguments& p) {
                                                       dc[tile][j][i], d[i]);
                 }
                 UNROLLED (int block = 0; block < SAVED; ++block) {
-                    store_pair(dgates + element_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there);
+                    store_pair(dgates + element_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there,
+                               at.even);
                     if (block >= FIRST)
                         share_pair<T>(target + (tile * COLUMNS + j) * stride + (block - FIRST) * chunks * 16, at.unit,
-                                      d[0][block], d[1][block]);
+                                      d[0][block], d[1][block], at.there);
                 }
             }
         step = next;

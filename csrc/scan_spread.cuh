@@ -1,19 +1,18 @@
 // Regime L: the hidden units of a layer are spread over many blocks, which exchange the state once a step.
 //
-// Block x of a group has units 16x to 16x + 15, all gates. Its warps share out the depth: warp w takes chunks w, w + 8,
+// Block x of a team has units 16x to 16x + 15, all gates. Its warps share out the depth: warp w takes chunks w, w + 8,
 // ...; some stay in its registers, the others in shared memory. A step:
 //
-//     look for the columns (h, or dgates) that other blocks publish -> products -> shared memory, one partial sum a
-//     warp
-//     -> barrier -> sum, pointwise step, one unit and sequence a thread -> publish
+//     look for the columns (h, or dgates) that other blocks publish
+//     -> products -> one partial sum a warp in shared memory -> barrier
+//     -> sum and pointwise step, one unit and sequence a thread -> publish
 //
 // The data is its own flag: the exchange is filled with ones before the launch, nothing published is all ones, and
 // every row is written once. So a warp begins as soon as its own share of the depth is there, nothing has to be
 // ordered, and a launch that was given up leaves nothing behind. Blocks wait for each other: all of the grid must be
 // resident.
 //
-// Grid: x blocks of a group, y groups. A group takes tasks y, y + groups, ...: a direction and 8 * TILES sequences
-// each.
+// Grid: x blocks of a team, y teams. A team takes tasks y, y + teams, ...: a direction and 8 * TILES sequences each.
 #pragma once
 
 #include "scan.cuh"
@@ -48,6 +47,9 @@ struct Patience {
     DEVICE void renew() { begin = 0; }
 };
 
+// What a thread goes on with that has waited in vain, in every element type: its results show it.
+constexpr Words NOT_A_NUMBER = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};
+
 // Where a lane's column of a tile is.
 struct Column {
     enum { ZEROS, AT_HAND, PUBLISHED } state;
@@ -58,10 +60,6 @@ struct Column {
 struct Task {
     int group, sequence;
 };
-
-DEVICE int batch_tiles(const Arguments& p, int tiles) {
-    return (p.batch + COLUMNS * tiles - 1) / (COLUMNS * tiles);
-}
 
 DEVICE Task task_of(const Arguments& p, int number, int tiles) {
     return {number / batch_tiles(p, tiles), number % batch_tiles(p, tiles) * COLUMNS * tiles};
@@ -105,7 +103,7 @@ struct Products {
     DEVICE Words await(const Column& column, int pass, int chunk, Words words) {
         if (column.state == Column::PUBLISHED) {
             while (!are_published(words)) {
-                if (patience.is_lost()) return Words{};
+                if (patience.is_lost()) return NOT_A_NUMBER;
                 words = glance(column, pass, chunk);
             }
             patience.renew();

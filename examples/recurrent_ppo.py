@@ -145,6 +145,8 @@ class Collector:
         """Generalised advantages (Schulman et al. 2016); none cross the end of an episode."""
         # the value of where the rollout stops, without a step of the stream: the next rollout takes that
         state = self.stream.state
+        if self.forget:
+            self.stream.reset()
         following = self.agent.heads(self.stream.step(self.mazes.observe()))[1]
         self.stream.state = state
         advantages, advantage = torch.empty_like(values), torch.zeros_like(following)

@@ -97,6 +97,9 @@ def load_keras_weights(module: modules._Layer, weights, layer: int = 0, reverse:
         wanted = "kernel, recurrent kernel and bias" if module.bias else "kernel and recurrent kernel"
         raise ValueError(f"a module with bias={module.bias} takes {wanted}, got {len(arrays)} arrays")
     suffix = f"_l{layer}{'_reverse' * reverse}"
+    names = [name + suffix for name in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))]
+    if computed := [name for name in names if name not in module._parameters]:
+        raise ValueError(f"{', '.join(computed)} are no parameters but computed from others: load before parametrizing")
     targets = [getattr(module, name + suffix) for name in ("weight_ih", "weight_hh")]
     shapes = [tuple(target.shape[::-1]) for target in targets]
     gate_size = shapes[0][1]

@@ -49,7 +49,7 @@ class GradientFlow:
 
 
 def _sum_of_final_state(module: _Layer):
-    def loss(output, final) -> Tensor:
+    def loss(output, final, *cells) -> Tensor:
         hidden = final[0] if module.mode == "LSTM" else final
         return hidden[-2 if module.bidirectional else -1 :].sum()
 

@@ -145,9 +145,9 @@ class _Layer(nn.RNNBase):
         if self._options is None:
             super().reset_parameters()
             return
-        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn
-        for name in self._flat_weights_names:
-            nn.init.uniform_(getattr(self, name), -bound, bound)
+        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn, whose parameters come first
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
         self._reset_further_parameters()
 
     def extra_repr(self) -> str:
@@ -308,7 +308,7 @@ class _Layer(nn.RNNBase):
         numbers = _lengths.checked(lengths, input, steps, () if unbatched else (batch,))
         # on a GPU kernels would have to be told the numbers of rows, for which this call would wait
         packing = None
-        if input.device.type == "cpu" and backend != "reference":
+        if input.device.type == "cpu" and backend != "reference" and not self._is_unrolled(numbers):
             packing = _lengths.pack(numbers, steps, batch)
         if resets is not None:
             resets = self._resets_of_rows(input, resets, numbers)
@@ -343,6 +343,12 @@ class _Layer(nn.RNNBase):
             final = tuple(part.squeeze(1) for part in final)
         output, *cells = (self._laid_out(result, batch, unbatched) for result in results)
         return output, final if self.mode == "LSTM" else final[0], *cells
+
+    def _is_unrolled(self, lengths: Tensor) -> bool:
+        """Whether a tracer will record the step of an option one by one: then it must not record batch sizes too."""
+        if self._options is None or not of_options.STEP_OPTIONS.intersection(self._options.in_effect(self.training)):
+            return False
+        return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(lengths) is not Tensor
 
     def _resets_of_rows(self, input, resets, lengths=None) -> Tensor:
         """``resets`` of a call as (rows, D): whether a direction's state is zero before its step of a row."""

@@ -191,14 +191,19 @@ def _held_by_clock(
     Time counts from the first step of a sequence, in both directions, and begins anew at a reset.
     """
     groups, batch, size = h0.shape
-    sizes = torch.full((rows // batch,), batch) if batch_sizes is None else batch_sizes
-    time = torch.arange(len(sizes)).repeat_interleave(sizes)
-    if resets is not None:
-        sequence = torch.cat([torch.arange(count) for count in sizes.tolist()]).to(h0.device)
-        time = time.to(h0.device)
-        begins = torch.zeros(len(sizes), batch, dtype=torch.int64, device=h0.device)
-        begins[time, sequence] = torch.where(resets[:, 0], time, 0)
-        time = time - begins.cummax(0).values[time, sequence]
-    time = time.to(h0.device)
+    device = h0.device
+    if batch_sizes is None:
+        time = torch.arange(rows // batch, device=device).repeat_interleave(batch)
+        if resets is not None:
+            begins = torch.where(resets[:, 0], time, 0).view(-1, batch)
+            time = time - begins.cummax(0).values.reshape(-1)
+    else:
+        steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(batch_sizes)
+        time = steps.to(device)
+        if resets is not None:
+            sequences = torch.cat([torch.arange(count, device="cpu") for count in batch_sizes.tolist()]).to(device)
+            nowhere = torch.zeros(len(batch_sizes), batch, dtype=torch.int64, device=device)
+            begins = nowhere.index_put((time, sequences), torch.where(resets[:, 0], time, 0))
+            time = time - begins.cummax(0).values[time, sequences]
     held = time[:, None] % _period_of_units(periods, size, h0.device) != 0
     return held.to(h0.dtype).unsqueeze(1).expand(rows, groups, size)

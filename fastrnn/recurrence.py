@@ -19,6 +19,10 @@ from . import dispatch, reference
 from .reference import CELLS, EPSILON, Extras
 
 
+# Rows of one product with the input's weights.
+LINEAR_ROWS = 128
+
+
 def _without_autocast(tensor: Tensor):
     """No autocast: the caller has chosen the dtype, and a state is kept in float32 from step to step."""
     device = tensor.device.type
@@ -49,14 +53,21 @@ def _gates_x(inputs, bias: Tensor | None, extras: Extras) -> Tensor:
     for group in range(groups):
         x, own = inputs.x[:, group * sources // groups], None if bias is None else bias[group]
         if extras.weight_ln_ih is None:
-            shares.append(linear(x, inputs.weight_ih[group], own))
+            shares.append(_linear_in_parts(x, inputs.weight_ih[group], own))
         else:
-            product = linear(x, inputs.weight_ih[group])
+            product = _linear_in_parts(x, inputs.weight_ih[group], None)
             normalized = layer_norm(product, product.shape[1:], eps=EPSILON)
             # scaled apart: layer_norm adds up the gradients of its scale and shift one row after the other, in as many
             # parts as there are threads
             shares.append(torch.addcmul(own, normalized, extras.weight_ln_ih[group]))
     return shares[0].unsqueeze(1) if groups == 1 else torch.stack(shares, 1)
+
+
+def _linear_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear``, whose weights' gradient is added up in parts: one float32 sum over all rows is less exact."""
+    if x.dtype == torch.float64 or not weight.requires_grad or len(x) <= LINEAR_ROWS:
+        return linear(x, weight, bias)
+    return torch.cat([linear(part, weight, bias) for part in x.split(LINEAR_ROWS)])
 
 
 class _Config(NamedTuple):
@@ -85,6 +96,11 @@ class Recurrence(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
+        with _without_autocast(ctx.saved_tensors[5]):
+            return Recurrence._gradients(ctx, cotangents)
+
+    @staticmethod
+    def _gradients(ctx, cotangents):
         from .functional import are_plain
 
         nothing = (None,) * 6

@@ -250,6 +250,10 @@ def layer(
     groups = len(reverse)
     inputs = x.shape[1]
     batch = h0.shape[1]
+    if batch_sizes is not None and torch.jit.is_tracing():
+        raise RuntimeError(
+            "fastrnn: a trace of this layer would hold the batch sizes of its example; trace a padded tensor with lengths="
+        )
     sizes = [batch] * (x.shape[0] // batch) if batch_sizes is None else batch_sizes.tolist()
     if lengths is not None:
         # in gradients a NaN of the padding would come through: 0 · NaN is NaN
@@ -258,9 +262,12 @@ def layer(
     def run(group: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         own = extras.group(group)
         bias = None if bias_ih is None else bias_ih[group]
+        # a product a step, as in torch.nn: in one product the weights' gradient is one sum over all rows, less exact
+        steps = x[:, group * inputs // groups].split(sizes)
+        gates_x = torch.cat([project(step, weight_ih[group], bias, own) for step in steps])
         return recur(
             CELLS[cell].step,
-            project(x[:, group * inputs // groups], weight_ih[group], bias, own),
+            gates_x,
             weight_hh[group],
             None if bias_hh is None else bias_hh[group],
             None if weight_hr is None else weight_hr[group],

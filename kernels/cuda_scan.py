@@ -51,7 +51,7 @@ def _limits(device: torch.device) -> tuple[int, int]:
 
 
 def _type(dtype: torch.dtype) -> int:
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if dtype == torch.float32 and not gpu_layer.tf32_is_allowed():
         return EXACT_FLOAT32
     return TYPES[dtype][0]
 
@@ -73,35 +73,51 @@ def can_run(call) -> str | None:
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     if not on_host and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
+    kind = _type(call.dtype)
+    return next(
+        filter(None, (_obstacle(call.cell, kind, way, call.hidden_size, device) for way in (False, True))), None
+    )
+
+
+def _fits(cell: str, kind: int, backward: bool, spread: bool, tiles: int, size: int, device: torch.device) -> bool:
+    grid = _library().grid(cell, kind, backward, spread, tiles, size)
+    return grid is not None and grid[2] <= _limits(device)[1]
+
+
+def _obstacle(cell: str, kind: int, backward: bool, size: int, device: torch.device) -> str | None:
+    """Why a device can run a layer of this size in neither regime, or None."""
+    if _fits(cell, kind, backward, False, 1, size, device):
+        return None
     blocks_at_once, most_shared = _limits(device)
-    for backward in (False, True):
-        if _library().grid(call.cell, _type(call.dtype), backward, False, 1, call.hidden_size) is not None:
-            continue
-        blocks, _, shared = _library().grid(call.cell, _type(call.dtype), backward, True, 1, call.hidden_size)
-        if blocks > blocks_at_once:
-            return f"{call.hidden_size} hidden units need {blocks} multiprocessors, there are {blocks_at_once}"
-        if shared > most_shared:
-            return f"{call.hidden_size} hidden units need {shared} bytes of shared memory, there are {most_shared}"
+    blocks, _, shared = _library().grid(cell, kind, backward, True, 1, size)
+    if blocks > blocks_at_once:
+        return f"{size} hidden units need {blocks} multiprocessors, there are {blocks_at_once}"
+    if shared > most_shared:
+        return f"{size} hidden units need {shared} bytes of shared memory, there are {most_shared}"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(cell: str, kind: int, backward: bool, size: int, batch_tiles: int, groups: int, device: torch.device):
-    """Whether units are spread over blocks, tiles of sequences of a block, and groups of blocks.
+    """Whether units are spread over blocks, tiles of sequences of a block, and teams of blocks.
 
-    A block takes a second tile of sequences only if there are more tiles than blocks at once: a step takes about as
-    long with two, but then all of them are done in half as many turns.
+    A block takes a second tile of sequences only if all are then done in fewer turns: a step takes longer with two,
+    but not twice as long.
     """
-    blocks_at_once, most_shared = _limits(device)
-
-    def fits(spread, tiles):
-        grid = _library().grid(cell, kind, backward, spread, tiles, size)
-        return grid is not None and grid[2] <= most_shared
-
-    spread = not fits(False, 1)
+    # asked again: the TF32 switch, or the device, may be another than when the backend was chosen
+    obstacle = _obstacle(cell, kind, backward, size, device)
+    if obstacle:
+        raise RuntimeError(f"fastrnn: the backend 'cuda' cannot run this layer on {device}: {obstacle}")
+    spread = not _fits(cell, kind, backward, False, 1, size, device)
+    blocks_at_once, _ = _limits(device)
     places = max(1, blocks_at_once // -(-size // UNITS)) if spread else blocks_at_once
-    tiles = 2 if groups * batch_tiles > places and fits(spread, 2) else 1
-    return spread, tiles, min(places, groups * -(-batch_tiles // tiles)) if spread else 0
+
+    def tasks(tiles):
+        return groups * -(-batch_tiles // tiles)
+
+    fewer_turns = -(-tasks(2) // places) < -(-tasks(1) // places)
+    tiles = 2 if fewer_turns and _fits(cell, kind, backward, spread, 2, size, device) else 1
+    return spread, tiles, min(places, tasks(tiles)) if spread else 0
 
 
 class Failure:
@@ -119,15 +135,15 @@ class Failure:
         """
         word = self._words.get(device)
         if word is None:
-            with self._lock:
-                word = self._words.setdefault(
-                    device, torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-                )
+            # of use in every mode, whatever the first call ran in
+            with self._lock, torch.inference_mode(False):
+                word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+                word = self._words.setdefault(device, word)
         elif word[0]:
             word.zero_()
             raise RuntimeError(
                 f"fastrnn: an earlier launch on {device} gave up waiting for blocks that should have run beside it: "
-                "results since then are wrong. Choose another backend with fastrnn.use_backend or FASTRNN_BACKEND."
+                "its results are NaN. Choose another backend with fastrnn.use_backend or FASTRNN_BACKEND."
             )
         return word.data_ptr()
 
@@ -143,8 +159,8 @@ def _run(scan: Scan, backward: bool, weights: Tensor, state, exchanged: Tensor, 
     """Launch a scan. ``exchanged``: the tensor (rows, .., H) in which blocks publish what others wait for."""
     size, device = scan.hidden_size, scan.device
     kind, lane = _type(scan.dtype), TYPES[scan.dtype][1]
-    chosen = _choose(scan.cell, kind, backward, size, -(-scan.batch // COLUMNS), scan.groups, device)
-    spread, tiles, groups_of_blocks = chosen
+    batch_tiles = -(-scan.batch // COLUMNS)
+    spread, tiles, teams = _choose(scan.cell, kind, backward, size, batch_tiles, scan.groups, device)
     hidden, cell_state = state
     exchange = initial = None
     stride = -(-size // lane) * lane
@@ -167,7 +183,7 @@ def _run(scan: Scan, backward: bool, weights: Tensor, state, exchanged: Tensor, 
             backward=backward,
             spread=spread,
             tiles=tiles,
-            groups_of_blocks=groups_of_blocks,
+            teams=teams,
             stream=torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
             weights=weights.data_ptr(),
             offsets=_address(scan.offsets),

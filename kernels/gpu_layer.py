@@ -95,7 +95,11 @@ def _offsets_written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
     runs = torch.unique_consecutive(batch_sizes, return_counts=True)
     for size, steps in zip(*(run.tolist() for run in runs), strict=True):
         row += size * steps
-        torch.arange(row - size * (steps - 1), row + 1, size, out=offsets[step + 1 : step + steps + 1])
+        following = offsets[step + 1 : step + steps + 1]
+        if size:
+            torch.arange(row - size * (steps - 1), row + 1, size, out=following)
+        else:
+            following.fill_(row)
         step += steps
     return offsets
 
@@ -119,6 +123,11 @@ def _as_bytes(resets: Tensor | None) -> Tensor | None:
 def on(device: torch.device):
     """Makes ``device`` the one to launch on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def tf32_is_allowed() -> bool:
+    """Whether torch's recurrent layers may multiply float32 in TF32: what ``cudnn.allow_tf32`` sets too."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -31,10 +31,7 @@ def _limits(device: torch.device) -> Limits:
 def _precision(dtype: torch.dtype) -> str:
     """How products of float32 are computed: as torch's own recurrent layers do."""
     tf32 = (
-        dtype == torch.float32
-        and torch.backends.cudnn.allow_tf32
-        and not INTERPRETED.value
-        and torch.version.hip is None
+        dtype == torch.float32 and gpu_layer.tf32_is_allowed() and not INTERPRETED.value and torch.version.hip is None
     )
     return "tf32" if tf32 else "ieee"
 

@@ -62,10 +62,10 @@ def installed(module: ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cut(spread: bool, tiles: int, groups_of_blocks: int = 1) -> Iterator[None]:
+def cut(spread: bool, tiles: int, teams: int = 1) -> Iterator[None]:
     """Cut up every scan in one way, whatever the cost model says."""
     choose = cuda_scan._choose
-    cuda_scan._choose = lambda *_: (spread, tiles, groups_of_blocks)
+    cuda_scan._choose = lambda *_: (spread, tiles, teams)
     try:
         yield
     finally:

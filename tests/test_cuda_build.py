@@ -80,6 +80,15 @@ def test_without_nvcc_the_build_goes_on_or_fails_as_asked(tmp_path):
     assert not list((tree / "fastrnn").glob("*.so"))
 
 
+@needs_nvcc
+def test_a_build_that_fails_is_fatal_only_if_it_was_asked_for(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    done = setup(tree, FASTRNN_CUDA_FLAGS="--no-such-flag")
+    assert done.returncode == 0 and "were not built" in done.stdout + done.stderr
+    done = setup(tree, FASTRNN_CUDA_FLAGS="--no-such-flag", FASTRNN_BUILD_CUDA="1")
+    assert done.returncode != 0 and "were not built" in done.stdout + done.stderr
+
+
 def test_the_sources_name_no_torch():
     for source in (ROOT / "csrc").iterdir():
         assert not [line for line in source.read_text().splitlines() if line.startswith("#include") and "torch" in line]

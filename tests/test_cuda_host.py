@@ -10,6 +10,7 @@ from helpers import assert_same_as_torch, assert_within_rule, make_pair, random_
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
+from fastrnn import dispatch
 from fastrnn.kernels import cuda_scan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile csrc/ with")
@@ -166,7 +167,7 @@ def test_a_launch_that_waits_in_vain_is_given_up_and_leaves_nothing_behind(host)
     with fastrnn.use_backend("cuda"), cuda_host.cut(True, 1, 1), torch.no_grad():
         right = ours(input, hx)[0].data
         host.set_schedule(dead_block=1, longest_wait=100_000)
-        ours(input, hx)
+        assert ours(input, hx)[0].data.isnan().any()
         host.set_schedule()
         with pytest.raises(RuntimeError, match="gave up waiting"):
             ours(input, hx)
@@ -225,4 +226,43 @@ def test_the_cost_model_fills_the_device_before_it_takes_a_second_tile(host):
     assert cuda_scan._choose("lstm", 0, False, 128, 65, 1, cpu) == (False, 2, 0)
     assert cuda_scan._choose("lstm", 0, False, 512, 2, 1, cpu) == (True, 1, 2)
     assert cuda_scan._choose("lstm", 0, False, 512, 3, 1, cpu) == (True, 2, 2)
-    assert cuda_scan._choose("lstm", 0, False, 1024, 1, 2, cpu) == (True, 2, 1)
+    # a second tile of sequences would be empty
+    assert cuda_scan._choose("lstm", 0, False, 128, 1, 1000, cpu) == (False, 1, 0)
+    assert cuda_scan._choose("lstm", 0, False, 1024, 1, 2, cpu) == (True, 1, 1)
+
+
+def test_the_switch_for_tf32_is_asked_at_every_call(host):
+    """An LSTM of 1024 fits in TF32 alone, and the choice of the backend is kept."""
+    cpu = torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = True
+    call = dispatch.Call("lstm", "cpu", torch.float32, 4, 1024, 0, 1)
+    assert cuda_scan.can_run(call) is None
+    torch.backends.cudnn.allow_tf32 = False
+    assert "shared memory" in cuda_scan.can_run(call)
+    with pytest.raises(RuntimeError, match="shared memory"):
+        cuda_scan._choose("lstm", cuda_scan.EXACT_FLOAT32, False, 1024, 1, 1, cpu)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_infinite_state_stays_one(host, way):
+    """Units that pad a tile have weights of zero, and no share in it."""
+    ours, _ = make_pair("RNN", 4, 24, nonlinearity="relu", dtype=torch.bfloat16)
+    h0 = torch.zeros(1, 3, 24, dtype=torch.bfloat16)
+    h0[0, 1, 5] = torch.inf
+    input = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    with fastrnn.use_backend("cuda"), cuda_host.cut(*WAYS[way]):
+        output, _ = ours(input, h0)
+    with fastrnn.use_backend("reference"):
+        expected, _ = ours(input, h0)
+    assert torch.equal(output.isnan(), expected.isnan()) and output.isinf().any()
+
+
+def test_the_word_for_failures_is_made_on_the_host_in_any_mode(host, monkeypatch):
+    monkeypatch.setattr(cuda_scan, "failure", cuda_scan.Failure())
+    with torch.inference_mode(), torch.device("meta"):
+        assert cuda_scan.failure.address(torch.device("cpu")) != 0
+    word = cuda_scan.failure._words[torch.device("cpu")]
+    word.fill_(1)
+    with pytest.raises(RuntimeError, match="gave up waiting"):
+        cuda_scan.failure.address(torch.device("cpu"))
+    assert word.item() == 0

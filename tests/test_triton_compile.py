@@ -17,7 +17,8 @@ import torch
 from bench.triton_kernels import LIMITS, Kernel, compile_all, some_kernels
 
 def main():
-    kernels = some_kernels(sizes=((128, 64), (1024, 96)))
+    kernels = some_kernels(sizes=((128, 64),))
+    kernels += [kernel for kernel in some_kernels(sizes=((1024, 96),)) if kernel.arch in ("sm_90", "gfx942")]
     # of the other types, one size each on each GPU
     kernels += [
         Kernel(arch, cell, backward, 200, 33, dtype)
@@ -70,7 +71,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from fastrnn.kernels import triton_layer
+from fastrnn.kernels import gpu_layer, triton_layer
 from fastrnn.kernels.triton_scan import OF_THE_CALL, backward_scan, forward_scan
 from fastrnn.kernels.triton_tiles import HOPPER, choose_tiles
 
@@ -84,11 +85,11 @@ class Bound:
         return lambda *arguments, **options: self.keys.add(str(self.bind(*arguments, **options)[1:]))
 
 triton_layer._limits = lambda device: HOPPER
-triton_layer._Scan._registers = lambda *arguments: {}
+triton_layer._registers = lambda *arguments: {}
 x = torch.empty(64)
 for scan, pointers, options in (
-    (forward_scan, 12, {"SAVE": True, "WITH_RESETS": False}),
-    (backward_scan, 10, {"WITH_D_OUTPUT": True, "WITH_RESETS": False}),
+    (forward_scan, 13, {"SAVE": True, "WITH_RESETS": False, "WITH_CELLS": False}),
+    (backward_scan, 11, {"WITH_D_OUTPUT": True, "WITH_RESETS": False, "WITH_D_CELLS": False}),
 ):
     assert not {p.name for p in scan.params if p.is_constexpr} & set(OF_THE_CALL)
     for hidden in (64, 300, 1024):
@@ -97,8 +98,8 @@ for scan, pointers, options in (
         for batch, steps, reverse in calls:
             groups = len(reverse)
             dtype, device = torch.bfloat16, torch.device("cpu")
-            call = triton_layer._Scan("gru", hidden, groups, batch, steps, dtype, device, reverse, None)
-            call.launch(bound, (x,) * pointers, steps, **options)
+            call = gpu_layer.Scan("gru", hidden, groups, batch, steps, dtype, device, reverse, None, None)
+            triton_layer._launch(call, bound, (x,) * pointers, steps, **options)
             tiles.add(choose_tiles("gru", False, hidden, groups, -(-batch // 16), 2, HOPPER))
         print(scan.fn.__name__, hidden, len(bound.keys), len(tiles))
         assert len(bound.keys) == len(tiles), bound.keys
