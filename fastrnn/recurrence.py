@@ -18,7 +18,6 @@ from torch.nn.functional import layer_norm, linear
 from . import dispatch, reference
 from .reference import CELLS, EPSILON, Extras
 
-
 # Rows of one product with the input's weights.
 LINEAR_ROWS = 128
 

@@ -252,7 +252,7 @@ def layer(
     batch = h0.shape[1]
     if batch_sizes is not None and torch.jit.is_tracing():
         raise RuntimeError(
-            "fastrnn: a trace of this layer would hold the batch sizes of its example; trace a padded tensor with lengths="
+            "fastrnn: a trace of this layer would hold its example's batch sizes; trace a padded tensor with lengths="
         )
     sizes = [batch] * (x.shape[0] // batch) if batch_sizes is None else batch_sizes.tolist()
     if lengths is not None:

@@ -7,6 +7,7 @@ its steps drops out. Lines of CSV: experiment, what, size, value, unit.
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -29,9 +30,10 @@ def primitives() -> Iterator[str]:
         program = Path(folder, "primitives")
         command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", SOURCE, "-o", program]
         subprocess.run(command, check=True, timeout=200)
-        yield from subprocess.run(
-            [program], check=True, capture_output=True, text=True, timeout=200
-        ).stdout.splitlines()
+        done = subprocess.run([program], capture_output=True, text=True, timeout=200)
+        yield from done.stdout.splitlines()
+        if done.returncode != 0:
+            yield f"# primitives.cu stopped with {done.returncode}: {done.stderr.strip()}"
 
 
 def milliseconds(call, repeats: int = 7) -> float:
@@ -78,13 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("these experiments need a GPU; torch finds none")
     name = torch.cuda.get_device_name()
-    lines = [f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", "experiment,what,size,value,unit"]
-    print("\n".join(lines))
-    for line in itertools.chain(primitives(), steps()):
-        print(line, flush=True)
-        lines.append(line)
-    if options.output is not None:
-        options.output.write_text("\n".join(lines) + "\n")
+    head = [f"# {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", "experiment,what,size,value,unit"]
+    # written as they come: a run that is cut short keeps what it has
+    with open(options.output or os.devnull, "w") as file:
+        for line in itertools.chain(head, primitives(), steps()):
+            print(line, flush=True)
+            print(line, file=file, flush=True)
 
 
 if __name__ == "__main__":
