@@ -74,13 +74,13 @@ def test_a_trace_of_packed_input_is_refused(name):
     """It would hold the batch sizes of its example."""
     layer, (input, _) = make(name).eval(), draw()
 
-    class Packs(torch.nn.Module):
+    class Packs(ByLengths):
         def forward(self, input, lengths):
             packed = torch.nn.utils.rnn.pack_padded_sequence(input, lengths, enforce_sorted=False)
-            return layer(packed)[0].data
+            return self.layer(packed)[0].data
 
     with pytest.raises(RuntimeError, match="lengths="):
-        torch.jit.trace(Packs(), (input, torch.tensor([5, 2, 1])), check_trace=False)
+        torch.jit.trace(Packs(layer), (input, torch.tensor([5, 2, 1])), check_trace=False)
 
 
 def test_clocks_under_vmap_with_resets_of_their_own():
