@@ -37,8 +37,7 @@ bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
 # Two processes with one thread each: two that both use every core wait for each other. The first has what compiles.
-COMPILING = $(addprefix tests/test_, cache.py packaging.py cuda_build.py cuda_host.py options.py triton.py \
-    triton_compile.py vector_widths.py)
+COMPILING = $(addprefix tests/test_, cache.py packaging.py cuda_build.py cuda_host.py triton.py triton_compile.py)
 
 test: $(STAMP) lint ## Lint, format check and all tests
 	OMP_NUM_THREADS=1 MAX_JOBS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others

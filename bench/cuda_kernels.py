@@ -4,6 +4,7 @@ It builds csrc/, and nvcc reports registers and spills of every kernel; no GPU i
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,11 +12,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "90", "100")
 FLAGS = "-Xptxas -v -Werror all-warnings"
+# In the order of their numbers in csrc/arguments.h.
+TYPES = ("Bfloat16", "Float16", "Tf32", "Float32")
 # What nvcc calls a kernel: its regime, cell, element type, tiles of sequences, whether it is the backward pass.
 NAME = re.compile(r"entryI\d+(Alone|SpreadOut)I\d+(Lstm|Gru|Rnn)\d+(Bfloat16|Float16|Tf32|Float32)Li(\d)ELb([01])E")
 
@@ -60,25 +64,43 @@ def build(folder: Path, archs: Sequence[str] = ARCHS) -> tuple[list[Kernel], Pat
     return kernels, next((folder / "fastrnn").glob("_cuda*.so"))
 
 
-def table(kernels: list[Kernel]) -> str:
+def load(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shared_memory(module: ModuleType, regime: str, cell: str, element: str, tiles: int) -> str:
+    """Kilobytes of a block, forward and backward, at the largest hidden size of regime S, or 1024 in regime L."""
+    name, kind, spread = {"Rnn": "rnn_tanh"}.get(cell, cell.lower()), TYPES.index(element), regime == "L"
+    size = 1024
+    while not spread and module.grid(name, kind, False, False, tiles, size) is None:
+        size //= 2
+    both = (module.grid(name, kind, backward, spread, tiles, size)[2] / 1024 for backward in (False, True))
+    return f"{', '.join(f'{kilobytes:.0f}' for kilobytes in both)} KB at H {size}"
+
+
+def table(kernels: list[Kernel], module: ModuleType) -> str:
     """A row for each kernel, with a column for each GPU: registers and, if there are any, spilled bytes."""
     archs = sorted({kernel.arch for kernel in kernels}, key=int)
     by_name = {}
     for kernel in kernels:
         by_name.setdefault(kernel[1:5], {})[kernel.backward, kernel.arch] = kernel
     header = [f"{word}, sm_{arch}" for word in ("forward", "backward") for arch in archs]
-    lines = [f"| regime | cell | type | tiles | {' | '.join(header)} |", "|---" * (4 + len(header)) + "|"]
+    lines = [f"| regime | cell | type | tiles | {' | '.join(header)} | shared |", "|---" * (5 + len(header)) + "|"]
     for name, found in sorted(by_name.items()):
         taken = [found[backward, arch] for backward in (False, True) for arch in archs]
         cells = [f"{kernel.registers}" + f" ({kernel.spilled} B)" * (kernel.spilled > 0) for kernel in taken]
-        lines.append(f"| {' | '.join(map(str, name))} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(str, name))} | {' | '.join(cells)} | {shared_memory(module, *name)} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__).parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        print(table(build(Path(folder))[0]))
+        kernels, library = build(Path(folder))
+        print(table(kernels, load(library)))
 
 
 if __name__ == "__main__":

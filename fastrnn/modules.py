@@ -145,9 +145,10 @@ class _Layer(nn.RNNBase):
         if self._options is None:
             super().reset_parameters()
             return
-        bound = 1 / math.sqrt(self.hidden_size)  # the bits of torch.nn, whose parameters come first
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        bound, further = 1 / math.sqrt(self.hidden_size), self._further_parameters()
+        for name, parameter in self.named_parameters():
+            if name not in further:
+                nn.init.uniform_(parameter, -bound, bound)  # the bits of torch.nn
         self._reset_further_parameters()
 
     def extra_repr(self) -> str:

@@ -1,6 +1,5 @@
 """The CUDA kernels compile for every GPU they claim, within its registers, and the build says what it does."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import pytest
 from test_packaging import ROOT, copy_tree
 
-from bench.cuda_kernels import ARCHS, build
+from bench.cuda_kernels import ARCHS, build, load, table
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile csrc/ with")
 
@@ -36,11 +35,10 @@ def test_every_kernel_compiles_without_warnings_and_spills(built):
 
 @needs_nvcc
 def test_the_module_imports_without_a_gpu(built):
-    _, library = built
-    spec = importlib.util.spec_from_file_location("_cuda", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    kernels, library = built
+    module = load(library)
     assert not module.HOST_RUN
+    assert len(table(kernels, module).splitlines()) == 2 + 3 * (4 * 2 * 2 - 1)
     # blocks, threads, bytes of shared memory
     assert module.grid("lstm", 0, False, False, 1, 128) == (1, 256, 2 * 8 * (4 * 16 + 16) * 4)
     assert module.grid("lstm", 0, False, False, 1, 129) is None
