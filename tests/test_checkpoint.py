@@ -162,13 +162,20 @@ print(kilobytes("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from /proc")
 def test_a_hundred_thousand_steps():
     """What training takes beside the input and the output's gradient: the output, the input's gradient, one piece."""
-    steps, used = 100_000, {}
-    for every in (None, 500):
+    steps = 100_000
+
+    def used(every):
+        """Bytes; the least of three, for what the kernel pages out before a pass, and in again, adds to it."""
         command = [sys.executable, "-c", LONG.format(every=every, steps=steps)]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "FASTRNN_BACKEND": "numba"}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr
-        used[every] = int(process.stdout) * 1024
+        peaks = []
+        for _ in range(3):
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert process.returncode == 0, process.stderr
+            peaks.append(int(process.stdout) * 1024)
+        return min(peaks)
+
     output, input, gates = (4 * steps * size for size in (64, 8, 4 * 64))
-    assert used[500] < output + 2 * input + (8 << 20)
-    assert used[None] - used[500] > gates
+    in_pieces = used(500)
+    assert in_pieces < output + 2 * input + (8 << 20)
+    assert used(None) - in_pieces > gates
