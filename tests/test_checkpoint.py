@@ -165,7 +165,7 @@ def test_a_hundred_thousand_steps():
     steps = 100_000
 
     def used(every):
-        """Bytes; the least of three, for what the kernel pages out before a pass, and in again, adds to it."""
+        """Bytes; the least of three: what else goes on in the machine only adds to it."""
         command = [sys.executable, "-c", LONG.format(every=every, steps=steps)]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "FASTRNN_BACKEND": "numba"}
         peaks = []
