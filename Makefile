@@ -36,17 +36,20 @@ venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, wit
 bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
-# Two processes with one thread each: two that both use every core wait for each other. The first has what compiles.
-COMPILING = $(addprefix tests/test_, cache.py packaging.py cuda_build.py cuda_host.py triton.py triton_compile.py)
+# Tests of numbers run on all cores. The others are two processes with one thread each, for two that both use every core
+# wait for each other; the first of them has most of what compiles.
+NUMBERS = $(addprefix tests/test_, differential.py matrix.py properties.py)
+COMPILING = $(addprefix tests/test_, cache.py cuda_build.py cuda_host.py triton_compile.py)
 
 test: $(STAMP) lint ## Lint, format check and all tests
+	$(BIN)/python -m pytest $(NUMBERS)
 	OMP_NUM_THREADS=1 MAX_JOBS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others
 
 test-compiling: $(STAMP)
 	$(BIN)/python -m pytest $(COMPILING)
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest $(COMPILING:%=--ignore=%)
+	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(NUMBERS) $(COMPILING))
 
 mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and list those that no test notices
 	PYTHONPATH=.:tests $(BIN)/python tests/mutate.py
