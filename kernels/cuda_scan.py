@@ -131,7 +131,7 @@ class Failure:
         """Where the device's word is, after a look at it.
 
         Raises:
-            RuntimeError: an earlier launch gave up; its results are wrong.
+            RuntimeError: an earlier launch gave up; its results are NaN.
         """
         word = self._words.get(device)
         if word is None:
