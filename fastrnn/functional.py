@@ -145,7 +145,7 @@ def are_plain(cotangents) -> bool:
     )
 
 
-def _is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
+def is_last_use(gates: Tensor, *cotangents: Tensor | None) -> bool:
     """Whether this backward pass is plain and the graph is freed after it: then its reserve may be overwritten."""
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
     return not keeps and is_plain((gates,)) and are_plain(cotangents)
@@ -167,7 +167,7 @@ def _layer_gradients(ctx, d_output, d_h_n, d_c_n, d_cells):
     elif torch.is_grad_enabled():
         gradients = ScanBackward.apply(config, batch_sizes, resets, *arguments, *inputs)
     else:
-        last_use = _is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or are_plain((d_cells,)))
+        last_use = is_last_use(gates, d_output, d_h_n, d_c_n) and (d_cells is None or are_plain((d_cells,)))
         gradients = _scan_backward(config, batch_sizes, resets, *arguments, inputs, last_use)
     return _as_given(_of_the_only_example(gradients), grouped)
 

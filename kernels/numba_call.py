@@ -45,17 +45,29 @@ PART_BARRIERS = -(-(_next + 6) // 8) * 8
 # One row of the part table: direction, whether it runs backward in time, first batch row, end of batch rows.
 PART_FIELDS = 4
 
-# Of a time loop alone (``numba_recurrence.py``), whose parts are never shared, from where barriers would stand.
-# GATES_X (R, D, G*H): the input's share of the gates, all constants added; BIAS_HN as above. MASK (D, B, H): by what
-# W_hh's operand is multiplied. KEEP_HIDDEN and KEEP_CELL (R, D, H), or one row for all: then their strides from row to
-# row are 0. WEIGHT_LN_HH (D, G*H), WEIGHT_LN_C and BIAS_LN_C (D, H),
-# WEIGHT_CI, WEIGHT_CF and WEIGHT_CO (D, H). NORMALIZED (R, D, G*H) and SCALE (R, D): the normalized product, and the
-# reciprocal of its standard deviation. D_PRODUCT (R, D, G*H) is the gradient of the product, maybe the same as DGATES,
-# here (R, D, G*H); NORMALIZED_C and D_NORMALIZED_C (R, D, H): the normalized new cell state and the gradient of what
-# scale and shift make of it.
+# Of a layer whose step is not torch.nn's (``numba_recurrence.py``), whose parts are never shared, from where barriers
+# would stand. GATES_X (R, D, its width): the input's share of the gates, all constants added, maybe the same as GATES;
+# BIAS and BIAS_HN as above. MASK (D, B, H): by what W_hh's operand is multiplied. KEEP_HIDDEN and KEEP_CELL (R, D, H),
+# or one row for all: then their strides from row to row are 0. WEIGHT_LN_IH and WEIGHT_LN_HH (D, G*H), WEIGHT_LN_C and
+# BIAS_LN_C (D, H), WEIGHT_CI, WEIGHT_CF and WEIGHT_CO (D, H).
 _next = PART_BARRIERS
-(GATES_X, MASK, KEEP_HIDDEN, KEEP_CELL, KEEP_HIDDEN_STRIDE, KEEP_CELL_STRIDE) = range(_next, _next + 6)
+(GATES_X, GATES_X_WIDTH, MASK, KEEP_HIDDEN, KEEP_CELL, KEEP_HIDDEN_STRIDE, KEEP_CELL_STRIDE) = range(_next, _next + 7)
+_next += 7
+(WEIGHT_LN_IH, WEIGHT_LN_HH, WEIGHT_LN_C, BIAS_LN_C, WEIGHT_CI, WEIGHT_CF, WEIGHT_CO) = range(_next, _next + 7)
+
+# The rest of the reserve. NORMALIZED_IH and NORMALIZED_HH (R, D, G*H), SCALE_IH and SCALE_HH (R, D): the normalized
+# products, and the reciprocals of their standard deviations. OPERAND (R, D, H): what W_hh was multiplied with, and
+# OPERAND_N: what its rows of the GRU's n were; the same as HIDDEN_PREV where that is it.
+_next += 7
+(NORMALIZED_IH, SCALE_IH, NORMALIZED_HH, SCALE_HH, OPERAND, OPERAND_N) = range(_next, _next + 6)
+
+# Written by the backward pass. D_PRODUCT_IH and D_PRODUCT_HH (R, D, G*H): with layer normalization, the gradients of
+# the products. NEW_CELL, NORMALIZED_C and D_NORMALIZED_C (R, D, H): the new cell state, the same normalized, and the
+# gradient of what scale and shift make of it. SUMS: how many sums of columns there are to form, from SUM_TABLE on.
 _next += 6
-(WEIGHT_LN_HH, WEIGHT_LN_C, BIAS_LN_C, WEIGHT_CI, WEIGHT_CF, WEIGHT_CO) = range(_next, _next + 6)
-_next += 6
-(NORMALIZED, SCALE, D_PRODUCT, NORMALIZED_C, D_NORMALIZED_C, RECURRENCE_TABLE) = range(_next, _next + 6)
+(D_PRODUCT_IH, D_PRODUCT_HH, NEW_CELL, NORMALIZED_C, D_NORMALIZED_C, SUMS, SUM_TABLE) = range(_next, _next + 7)
+RECURRENCE_TABLE = _next + 7
+
+# One row of the sum table: the array whose columns are added up and its width, what they are multiplied with for the
+# other sum and its width, how many columns, where the sums and the sums of products go, and the width of these.
+SUM_FIELDS = 8

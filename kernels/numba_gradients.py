@@ -4,13 +4,15 @@ Threads share out the rows of the input's gradient and the rows of the weights' 
 summed up by one thread, in the same order whatever their number.
 """
 
+from typing import NamedTuple
+
 from numba import types
 
 from . import numba_call as field
 from .numba_pairs import PAIR_ROWS
 from .numba_scan import Layout, panels_of
 from .numba_simd import advance, as_pointer, jit, lanes, load, store
-from .numba_team import PRODUCTS, take
+from .numba_team import PRODUCTS, SUMMING, take
 from .numba_tile import WIDE, Operands, multiply_lines, multiply_neighbours, neighbour_vectors
 
 # Rows of the input's gradient that one item covers.
@@ -97,10 +99,38 @@ def scratch_size(lanes: int) -> int:
     return MOST_SUM_ROWS * (WEIGHT_ROWS + WIDE * lanes) + WEIGHT_ROWS
 
 
-def make_products(layout: Layout, operands: Operands, jit):
+class Factors(NamedTuple):
+    """Where the factors of a layer's products stand: fields of the call, and blocks of the hidden size in a row."""
+
+    # the gradient of W_ih x
+    of_input: int
+    input_width: int
+    # the gradient of W_hh h; that of the GRU's n may stand a block further than n does among the gates
+    of_state: int
+    state_width: int
+    n_is_apart: bool
+    # what W_hh was multiplied with, all rows of it and those of n
+    state: int
+    state_of_n: int
+    # whether the gradients of biases are the sums of these gradients
+    with_biases: bool
+
+
+def plain_factors(layout: Layout) -> Factors:
+    """Those of a layer as torch.nn has it. The GRU's n has a gradient of its own on the hidden state's side."""
+    gates, saved = layout
+    sides = (field.DGATES, saved, field.DGATES, saved, saved > gates)
+    return Factors(*sides, field.HIDDEN_PREV, field.HIDDEN_PREV, with_biases=True)
+
+
+def make_products(layout: Layout, operands: Operands, factors: Factors, jit):
     """The function by which every thread of a team computes its share of the gradients."""
-    gate_count, saved_count = layout
-    two_sided = saved_count > gate_count
+    gate_count = layout.gates
+    of_input, input_width, of_state, state_width, n_is_apart, state, state_of_n, with_biases = factors
+    # the rows of n are items of their own
+    split = n_is_apart or state != state_of_n
+    shift = 1 if n_is_apart else 0
+    with_biases = 2 if with_biases else 0
     paired, stored, panel_value, operand = operands.paired, operands.stored, operands.packed, operands.rows
     weight_rows = _make_weight_rows(operands, jit)
 
@@ -110,18 +140,18 @@ def make_products(layout: Layout, operands: Operands, jit):
         rows = min(INPUT_ROWS, call[field.ROWS] - first)
         directions, sources = call[field.DIRECTIONS], call[field.SOURCES]
         size, input_size = call[field.HIDDEN_SIZE], call[field.INPUT_SIZE]
-        gate_size, saved_size = gate_count * size, saved_count * size
+        gate_size, width = gate_count * size, input_width * size
         dx = advance(as_pointer(call[field.DX], zero), (first * sources + source) * input_size)
         stride, vector = sources * input_size, lanes(dx)
         wide = WIDE * vector
-        dgates = as_pointer(call[field.DGATES], zero)
+        dgates = as_pointer(call[of_input], zero)
         panels = as_pointer(call[field.PANELS_IH], panel_value)
         weight = as_pointer(call[field.WEIGHT_IH], stored)
         groups = directions // sources
         for group in range(source * groups, (source + 1) * groups):
-            gradients, add = advance(dgates, (first * directions + group) * saved_size), group > source * groups
+            gradients, add = advance(dgates, (first * directions + group) * width), group > source * groups
             if paired or call[field.PACKED] != 0:
-                block, block_stride, deep = operand(gradients, directions * saved_size, rows, gate_size, pairs)
+                block, block_stride, deep = operand(gradients, directions * width, rows, gate_size, pairs)
                 for panel in range(panels_of(input_size, wide)):
                     lines = advance(panels, (group * panels_of(input_size, wide) + panel) * deep * wide)
                     target = advance(dx, panel * wide)
@@ -131,7 +161,7 @@ def make_products(layout: Layout, operands: Operands, jit):
                     )
             else:
                 multiply_lines(
-                    *(gradients, directions * saved_size, rows),
+                    *(gradients, directions * width, rows),
                     *(advance(weight, group * gate_size * input_size), input_size, gate_size),
                     *(input_size, dx, stride, add),
                 )
@@ -140,16 +170,15 @@ def make_products(layout: Layout, operands: Operands, jit):
     def products(call, thread, team, zero):
         directions, sources, examples = call[field.DIRECTIONS], call[field.SOURCES], call[field.EXAMPLES]
         size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
-        gate_size, saved_size = gate_count * size, saved_count * size
-        # The GRU's n has a gradient of its own on the hidden state's side, behind the others.
-        one_side = (gate_count - 1) * size if two_sided else gate_size
+        gate_size, width_ih, width_hh = gate_count * size, input_width * size, state_width * size
+        one_side = (gate_count - 1) * size if split else gate_size
         scratch = advance(as_pointer(call[field.SCRATCH], zero), thread * call[field.SCRATCH_SIZE])
         packed = advance(as_pointer(call[field.SCRATCH], panel_value), thread * call[field.SCRATCH_SIZE])
         pairs = advance(packed, call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
-        wanted_ih = types.int64(call[field.D_WEIGHT_IH] != 0) + 2 * types.int64(call[field.D_BIAS_IH] != 0)
-        wanted_hh = types.int64(call[field.D_WEIGHT_HH] != 0) + 2 * types.int64(call[field.D_BIAS_HH] != 0)
+        wanted_ih = types.int64(call[field.D_WEIGHT_IH] != 0) + with_biases * types.int64(call[field.D_BIAS_IH] != 0)
+        wanted_hh = types.int64(call[field.D_WEIGHT_HH] != 0) + with_biases * types.int64(call[field.D_BIAS_HH] != 0)
         wanted_hr = types.int64(call[field.D_WEIGHT_HR] != 0)
-        dgates = as_pointer(call[field.DGATES], zero)
+        gradients_ih, gradients_hh = as_pointer(call[of_input], zero), as_pointer(call[of_state], zero)
         count = call[field.ROWS] // examples
 
         rows = gate_size * directions * (types.int64(wanted_ih != 0) + types.int64(wanted_hh != 0))
@@ -158,7 +187,7 @@ def make_products(layout: Layout, operands: Operands, jit):
         groups = directions * examples
         items_ih = panels_of(gate_size, chunk) * groups if wanted_ih else types.int64(0)
         items_hh = panels_of(one_side, chunk) * groups if wanted_hh else types.int64(0)
-        items_n = panels_of(size, chunk) * groups if wanted_hh and two_sided else types.int64(0)
+        items_n = panels_of(size, chunk) * groups if wanted_hh and split else types.int64(0)
         items_hr = panels_of(state_size, chunk) * groups if wanted_hr else types.int64(0)
         items_x = panels_of(call[field.ROWS], INPUT_ROWS) * sources if call[field.DX] != 0 else types.int64(0)
 
@@ -175,7 +204,7 @@ def make_products(layout: Layout, operands: Operands, jit):
                 source = as_pointer(call[field.X], stored)
                 source = advance(source, (example * sources + direction * sources // directions) * input_size)
                 weight_rows(
-                    *(advance(dgates, of_group * saved_size + n), groups * saved_size, min(chunk, gate_size - n)),
+                    *(advance(gradients_ih, of_group * width_ih + n), groups * width_ih, min(chunk, gate_size - n)),
                     *(count, source, examples * sources * input_size, input_size),
                     advance(as_pointer(call[field.D_WEIGHT_IH], zero), (of_group * gate_size + n) * input_size),
                     advance(as_pointer(call[field.D_BIAS_IH], zero), of_group * gate_size + n),
@@ -189,10 +218,11 @@ def make_products(layout: Layout, operands: Operands, jit):
                 item = item if on_side else item - items_hh
                 n = first + item // groups * chunk
                 of_group = item % groups  # example * directions + direction
-                column = n if on_side else n + size
-                source = advance(as_pointer(call[field.HIDDEN_PREV], zero), of_group * state_size)
+                column = n if on_side else n + shift * size
+                source = as_pointer(call[state] if on_side else call[state_of_n], zero)
+                source = advance(source, of_group * state_size)
                 weight_rows(
-                    *(advance(dgates, of_group * saved_size + column), groups * saved_size, min(chunk, end - n)),
+                    *(advance(gradients_hh, of_group * width_hh + column), groups * width_hh, min(chunk, end - n)),
                     *(count, source, groups * state_size, state_size),
                     advance(as_pointer(call[field.D_WEIGHT_HH], zero), (of_group * gate_size + n) * state_size),
                     advance(as_pointer(call[field.D_BIAS_HH], zero), of_group * gate_size + n),
@@ -212,3 +242,56 @@ def make_products(layout: Layout, operands: Operands, jit):
             )
 
     return products
+
+
+@jit
+def _column_sums(values, stride, factors, factors_stride, rows, count, sums, products):
+    """Sums over all rows of ``count`` columns, one vector, and of the same multiplied by ``factors``.
+
+    Added up in parts of parts, for one float32 sum over thousands of rows would lose digits.
+    """
+    total, total_of_products = load(values, 0, 0), load(values, 0, 0)
+    part, part_of_products = total, total_of_products
+    for block in range(0, rows, SUM_ROWS):
+        a, b, c, d = load(values, 0, 0), load(values, 0, 0), load(values, 0, 0), load(values, 0, 0)
+        stop = min(block + SUM_ROWS, rows)
+        for row in range(block, stop - 1, 2):
+            value, other = load(values, row * stride, count), load(values, (row + 1) * stride, count)
+            a, b = a + value, b + other
+            c = c + value * load(factors, row * factors_stride, count)
+            d = d + other * load(factors, (row + 1) * factors_stride, count)
+        if (stop - block) % 2:
+            value = load(values, (stop - 1) * stride, count)
+            a, c = a + value, c + value * load(factors, (stop - 1) * factors_stride, count)
+        part, part_of_products = part + (a + b), part_of_products + (c + d)
+        if block // SUM_ROWS % BIAS_SUMS == BIAS_SUMS - 1:
+            total, total_of_products = total + part, total_of_products + part_of_products
+            part, part_of_products = load(values, 0, 0), load(values, 0, 0)
+    store(sums, 0, count, total + part)
+    store(products, 0, count, total_of_products + part_of_products)
+
+
+@jit
+def sum_columns(call, zero):
+    """Every thread's share of the sums of the sum table (``numba_call.py``)."""
+    directions, vector = call[field.DIRECTIONS], lanes(as_pointer(call[field.DGATES], zero))
+    item, begin = take(call, SUMMING), types.int64(0)
+    for index in range(call[field.SUMS]):
+        row = call[field.SUM_TABLE] + index * field.SUM_FIELDS
+        columns = call[row + 4]
+        chunks = panels_of(columns, vector)
+        while item < begin + chunks * directions:
+            direction, column = (item - begin) // chunks, (item - begin) % chunks * vector
+            count = min(vector, columns - column)
+            width, factors_width, out = call[row + 1], call[row + 3], direction * call[row + 7] + column
+            _column_sums(
+                *(advance(as_pointer(call[row], zero), direction * width + column), directions * width),
+                *(
+                    advance(as_pointer(call[row + 2], zero), direction * factors_width + column),
+                    directions * factors_width,
+                ),
+                *(call[field.ROWS], count),
+                *(advance(as_pointer(call[row + 5], zero), out), advance(as_pointer(call[row + 6], zero), out)),
+            )
+            item = take(call, SUMMING)
+        begin += chunks * directions

@@ -120,7 +120,7 @@ def _make_forward_packing(layout, operands, jit):
     return packing
 
 
-def _make_backward_packing(layout, operands, jit):
+def make_backward_packing(layout, operands, jit):
     gate_count = layout.gates
     stored, packed, depth_of, pack_lines = operands.stored, operands.packed, operands.depth, operands.pack_lines
 
@@ -180,9 +180,9 @@ def _build(name: str, cell: str, backward: bool, dtype: torch.dtype, projected: 
     zero = types.float64(0) if dtype == torch.float64 else types.float32(0)
     layout, operands, jit = LAYOUTS[cell], operands_of(dtype), named_jit(name)
     if backward:
-        packing = _make_backward_packing(layout, operands, jit)
+        packing = make_backward_packing(layout, operands, jit)
         run_part = make_backward_part(layout, BACKWARD[cell], operands, jit)
-        products = numba_gradients.make_products(layout, operands, jit)
+        products = numba_gradients.make_products(layout, operands, numba_gradients.plain_factors(layout), jit)
     else:
         packing = _make_forward_packing(layout, operands, jit)
         run_part = make_forward_part(layout, FORWARD[cell], projected, operands, jit)

@@ -6,7 +6,7 @@ Functions of one vector work as those of ``numba_cells.py`` do, on ``count`` uni
 import math
 
 from .numba_cells import BACKWARD, FORWARD, sigmoid, tanh
-from .numba_scan import LAYOUTS, copy_rows
+from .numba_scan import LAYOUTS
 from .numba_simd import advance, inline, jit, lanes, load, store, sum_of
 
 EPSILON = 1e-5
@@ -98,9 +98,17 @@ each_scale = each_vector(_scale)
 
 
 @jit
-def scale_rows(factors, source, target, rows, columns):
-    """target = factors ⊙ source, arrays of neighbouring rows."""
-    each_scale(rows * columns, lanes(target), factors, source, target)
+def scale_row(factors, source, target, columns):
+    """target = factors ⊙ source."""
+    each_scale(columns, lanes(target), factors, source, target)
+
+
+@inline
+def _scale_and_shift(source, factors, shift, target, j, count):
+    store(target, j, count, load(source, j, count) * load(factors, j, count) + load(shift, j, count))
+
+
+each_scaled_and_shifted = each_vector(_scale_and_shift)
 
 
 @inline
@@ -293,7 +301,7 @@ def make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
     if cell == "lstm":
 
         @jit
-        def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
+        def step(product, gates_x, bias_hn, old, new, cell, new_cell, seen, parameters, gates, size, save):
             weight_ci, weight_cf, weight_co, weight_ln, bias_ln, peephole = parameters
             vector = lanes(product)
             each_lstm_step(
@@ -312,7 +320,7 @@ def make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
         step_forward = FORWARD[cell]
 
         @jit
-        def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
+        def step(product, gates_x, bias_hn, old, new, cell, new_cell, seen, parameters, gates, size, save):
             vector = lanes(product)
             full = size - size % vector
             for j in range(0, full, vector):
@@ -323,7 +331,7 @@ def make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
         return step
 
     @jit
-    def step(product, gates_x, bias_hn, operand, old, new, cell, new_cell, seen, parameters, gates, size, save):
+    def step(product, gates_x, bias_hn, old, new, cell, new_cell, seen, parameters, gates, size, save):
         each_gru_output(size, lanes(product), product, gates_x, old, new, gates, size, save)
 
     return step
@@ -332,8 +340,8 @@ def make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
 def make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
     """The derivative of the cell's step for one row.
 
-    ``dgates`` takes the gradient of gates_x; for the GRU, ``d_product`` that of the product. ``scratch`` has four times
-    the hidden size.
+    ``dgates`` takes the gradients of the gates, laid out as in ``numba_cells.py``. Of the LSTM ``new_cell`` takes c',
+    and ``d_new_cell`` is scratch of the hidden size.
     """
     if cell == "lstm":
 
@@ -345,16 +353,15 @@ def make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
             dh,
             dc,
             dgates,
-            d_product,
+            new_cell,
             normalized_c,
             d_normalized_c,
             parameters,
-            scratch,
+            d_new_cell,
             size,
         ):
             weight_ci, weight_cf, weight_co, weight_ln, bias_ln, peephole = parameters
             vector = lanes(dh)
-            new_cell, d_new_cell = scratch, advance(scratch, size)
             each_lstm_new_cell(size, vector, gates, cell_prev, new_cell, size)
             scale = 1.0
             if norm:
@@ -371,29 +378,6 @@ def make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
 
         return step
     each = each_vector(BACKWARD[cell])
-    if cell == "gru":
-
-        @jit
-        def step(
-            gates,
-            hidden_prev,
-            cell_prev,
-            dh,
-            dc,
-            dgates,
-            d_product,
-            normalized_c,
-            d_normalized_c,
-            parameters,
-            scratch,
-            size,
-        ):
-            each(size, lanes(dh), gates, hidden_prev, cell_prev, dh, dc, scratch, size)
-            copy_rows(scratch, 0, dgates, 0, 1, 3 * size)
-            copy_rows(scratch, 0, d_product, 0, 1, 2 * size)
-            copy_rows(advance(scratch, 3 * size), 0, advance(d_product, 2 * size), 0, 1, size)
-
-        return step
 
     @jit
     def step(
@@ -403,11 +387,11 @@ def make_backward_step(cell: str, reset_after: bool, norm: bool, jit):
         dh,
         dc,
         dgates,
-        d_product,
+        new_cell,
         normalized_c,
         d_normalized_c,
         parameters,
-        scratch,
+        d_new_cell,
         size,
     ):
         each(size, lanes(dh), gates, hidden_prev, cell_prev, dh, dc, dgates, size)

@@ -1,28 +1,29 @@
-"""The time loop of layers whose step is not torch.nn's: layer normalization, peepholes, masks, zoneout, and others.
+"""Layers whose step is not torch.nn's: layer normalization, peepholes, masks, zoneout, and others.
 
-It is given the gates' share of the input for all rows, with all constants added (``fastrnn.recurrence``), and gives the
-gradients of these; products over all time steps are torch's. This file builds the kernels from
-``numba_option_scan.py`` and is the Python side.
+The threads of a team pack the weights, project the input and take parts (``numba_option_scan.py``); in the backward
+pass they share out the products and sums over all rows (``numba_gradients.py``). This file builds the kernels and is
+the Python side.
 """
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from numba import types
 from torch import Tensor
 
 from ..ops import zero_before_first_step
 from . import numba_call as field
 from .numba_compile import kernel_address
-from .numba_gradients import MOST_SUM_ROWS, SUM_ROWS
+from .numba_gradients import Factors, make_products, scratch_size, sum_columns
 from .numba_layer import (
     BLOCK_BYTES,
     WORK_PER_THREAD,
     Plan,
     copied,
     count_steps,
+    make_backward_packing,
     make_parts,
     new_tensor,
     prepared,
@@ -30,53 +31,98 @@ from .numba_layer import (
     split_batch,
 )
 from .numba_option_cells import blocks
-from .numba_option_scan import make_backward_part, make_forward_part, make_packing
+from .numba_option_scan import make_backward_part, make_forward_packing, make_forward_part, make_projection
+from .numba_scan import Layout
 from .numba_simd import VECTOR_BYTES, named_jit
 from .numba_team import BARRIER, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
-from .numba_tile import WIDE
+from .numba_tile import WIDE, operands_of
 
 
-def _build(name: str, cell: str, reset_after: bool, norm: bool, backward: bool, dtype: torch.dtype):
-    """The function to compile: what every thread of a team runs."""
-    zero = types.float64(0) if dtype == torch.float64 else types.float32(0)
-    jit = named_jit(name)
-    packing = make_packing(cell, reset_after, backward, zero, jit)
-    make_part = make_backward_part if backward else make_forward_part
-    run_part = make_part(cell, reset_after, norm, zero, jit)
+def _factors(cell: str, reset_after: bool, norm: bool) -> Factors:
+    """What products over all rows are formed of."""
+    gates, saved = blocks(cell, reset_after)
+    state_of_n = field.OPERAND if reset_after else field.OPERAND_N
+    if norm:
+        sides = (field.D_PRODUCT_IH, gates, field.D_PRODUCT_HH, gates, False)
+    else:
+        sides = (field.DGATES, saved, field.DGATES, saved, saved > gates)
+    return Factors(*sides, field.OPERAND, state_of_n, with_biases=not norm)
 
-    def whole_loop(call):
+
+def _build_forward(name: str, cell: str, reset_after: bool, norm: bool, dtype: torch.dtype):
+    """The function to compile for the forward pass: what every thread of a team runs."""
+    zero, jit = operands_of(dtype).stored, named_jit(name)
+    packing = make_forward_packing(cell, reset_after, zero, jit)
+    projection = make_projection(cell, reset_after, norm, zero, jit)
+    run_part = make_forward_part(cell, reset_after, norm, zero, jit)
+
+    def whole_layer(call):
         take(call, TICKET)
         team = team_size(call)
         packing(call)
         if team > 1:
             wait_for(call, BARRIER, team)
+        projection(call)
+        if team > 1:
+            wait_for(call, BARRIER, 2 * team)
         part = take(call, PARTS_TAKEN)
         while part < call[field.PARTS]:
             run_part(call, part)
             part = take(call, PARTS_TAKEN)
         leave(call, team)
 
-    return whole_loop
+    return whole_layer
+
+
+def _build_backward(name: str, cell: str, reset_after: bool, norm: bool, dtype: torch.dtype):
+    """The same for the backward pass."""
+    operands, jit, layout = operands_of(dtype), named_jit(name), Layout(*blocks(cell, reset_after))
+    zero = operands.stored
+    packing = make_backward_packing(layout, operands, jit)
+    run_part = make_backward_part(cell, reset_after, norm, zero, jit)
+    products = make_products(layout, operands, _factors(cell, reset_after, norm), jit)
+
+    def whole_layer(call):
+        thread, team = take(call, TICKET), team_size(call)
+        packing(call, zero)
+        if team > 1:
+            wait_for(call, BARRIER, team)
+        part = take(call, PARTS_TAKEN)
+        while part < call[field.PARTS]:
+            run_part(call, part)
+            part = take(call, PARTS_TAKEN)
+        if team > 1:
+            wait_for(call, BARRIER, 2 * team)
+        products(call, thread, team, zero)
+        sum_columns(call, zero)
+        leave(call, team)
+
+    return whole_layer
 
 
 @functools.cache
 def kernel(cell: str, reset_after: bool, norm: bool, backward: bool, dtype: torch.dtype) -> int:
-    """The address of a time loop's kernel for one pass, in float32 or float64."""
+    """The address of a kernel for one pass, in float32 or float64."""
     variant = f"{'' if reset_after else '_reset_before'}{'_norm' * norm}"
     name = f"{cell}{variant}_recurrence_{'backward' if backward else 'forward'}_{str(dtype)[6:]}"
-    return kernel_address(name, functools.partial(_build, name, cell, reset_after, norm, backward, dtype))
+    build = _build_backward if backward else _build_forward
+    return kernel_address(name, functools.partial(build, name, cell, reset_after, norm, dtype))
 
 
 class Sizes(NamedTuple):
     """What a plan depends on."""
 
     gates: int
+    saved: int
     backward: bool
+    needed: bool  # forward: the reserve, backward: dx
     itemsize: int
     threads: int  # at most
     rows: int
     steps: int
     batch: int
+    sources: int
+    input_size: int
     hidden_size: int
     reverse: tuple[int, ...]
 
@@ -86,43 +132,59 @@ def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     """The plan for a call; ``batch_sizes`` are given only if they differ from one another (then it is not cached)."""
     size, batch, directions = sizes.hidden_size, sizes.batch, len(sizes.reverse)
     gate_size, lanes = sizes.gates * size, VECTOR_BYTES // sizes.itemsize
-    threads = max(1, min(sizes.threads, sizes.rows * directions * gate_size * size // WORK_PER_THREAD))
+    work = (2 if sizes.backward else 1) * sizes.rows * directions * gate_size * (size + sizes.input_size)
+    threads = max(1, min(sizes.threads, work // WORK_PER_THREAD))
     chunks, _ = split_batch(threads, batch, sizes.reverse, gate_size * size, size, 1, sizes.itemsize, False)
     parts = make_parts(batch, chunks, sizes.reverse, batch_sizes)
-    threads = min(threads, len(parts))
     part_rows = max(end - first for _, _, first, end in parts)
     block_rows = min(max(6, min(96, BLOCK_BYTES // (gate_size * sizes.itemsize) // 6 * 6)), part_rows)
 
     values = [0] * field.RECURRENCE_TABLE
     values.extend(itertools.chain.from_iterable(parts))
-    values[field.PARTS], values[field.PART_TABLE], values[field.BLOCK_ROWS] = (
-        len(parts),
-        field.RECURRENCE_TABLE,
-        block_rows,
-    )
+    values[field.PARTS], values[field.PART_TABLE] = len(parts), field.RECURRENCE_TABLE
+    values[field.BLOCK_ROWS], values[field.PACKED], values[field.EXAMPLES] = block_rows, 1, 1
     values[field.STEPS], values[field.ROWS], values[field.BATCH] = sizes.steps, sizes.rows, batch
-    values[field.DIRECTIONS], values[field.HIDDEN_SIZE] = directions, size
-    # rows of a vector more than needed: what is left of a panel of neighbours is padded
-    scratch = 4 * (block_rows + 1) * size if sizes.backward else block_rows * (gate_size + 4 * size)
-    values[field.SCRATCH_SIZE] = -(-scratch // lanes) * lanes
+    values[field.DIRECTIONS], values[field.SOURCES] = directions, sizes.sources
+    values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = sizes.input_size, size, size
     wide = WIDE * lanes
-    panels = -(-size // wide) * wide * gate_size if sizes.backward else (-(-gate_size // wide) + 1) * wide * size
+
+    def up(columns: int) -> int:
+        return -(-columns // wide) * wide
+
+    if sizes.backward:
+        scratch = max(scratch_size(lanes), (3 * block_rows + 2) * size)
+        panels = {
+            field.PANELS_HH: gate_size * up(size),
+            field.PANELS_IH: gate_size * up(sizes.input_size) if sizes.needed else 0,
+        }
+    else:
+        scratch = block_rows * (gate_size + 4 * size)
+        # the rows of the GRU's n may be packed apart
+        panels = {field.PANELS_HH: (up(gate_size) + wide) * size, field.PANELS_IH: up(gate_size) * sizes.input_size}
+        values[field.GATES_X_WIDTH] = (sizes.saved if sizes.needed else sizes.gates) * size
+    values[field.SCRATCH_SIZE] = -(-scratch // lanes) * lanes
     regions, offset = [], 0
     for place, count in (
-        (field.SCRATCH, values[field.SCRATCH_SIZE] * len(parts)),
-        (field.PANELS_HH, directions * panels),
+        (field.SCRATCH, values[field.SCRATCH_SIZE] * max(len(parts), threads)),
+        *((place, directions * count) for place, count in panels.items()),
     ):
-        regions.append((place, offset))
-        offset += -(-count * sizes.itemsize // 64) * 64
+        if count:
+            regions.append((place, offset))
+            offset += -(-count * sizes.itemsize // 64) * 64
     return Plan(tuple(values), tuple(regions), offset, threads, 1)
 
 
 class Parameters(NamedTuple):
-    """What the time loop is given besides gates_x and the initial state; None where absent."""
+    """A layer's parameters, for D directions; None where absent. Both biases or none, so those of a normalization."""
 
+    weight_ih: Tensor  # (D, G*H, I)
+    bias_ih: Tensor | None  # (D, G*H), and so the following up to weight_ln_c
     weight_hh: Tensor  # (D, G*H, H)
-    bias_hn: Tensor | None = None  # (D, H), of the GRU with reset_after
-    weight_ln_hh: Tensor | None = None  # (D, G*H)
+    bias_hh: Tensor | None
+    weight_ln_ih: Tensor | None = None
+    bias_ln_ih: Tensor | None = None
+    weight_ln_hh: Tensor | None = None
+    bias_ln_hh: Tensor | None = None
     weight_ln_c: Tensor | None = None  # (D, H), and so the following
     bias_ln_c: Tensor | None = None
     weight_ci: Tensor | None = None
@@ -144,8 +206,23 @@ class Reserve(NamedTuple):
     gates: Tensor  # (R, D, saved * H)
     hidden_prev: Tensor  # (R, D, H)
     cell_prev: Tensor | None
-    normalized: Tensor | None  # (R, D, G*H)
-    scale: Tensor | None  # (R, D)
+    normalized_ih: Tensor | None  # (R, D, G*H)
+    scale_ih: Tensor | None  # (R, D)
+    normalized_hh: Tensor | None
+    scale_hh: Tensor | None
+    # what W_hh was multiplied with, and its rows of n, (R, D, H), where that is not hidden_prev
+    operand: Tensor | None
+    operand_n: Tensor | None
+
+    def arrays(self) -> dict[int, Tensor | None]:
+        """By field."""
+        operand = self.hidden_prev if self.operand is None else self.operand
+        return {
+            **{field.GATES: self.gates, field.HIDDEN_PREV: self.hidden_prev, field.CELL_PREV: self.cell_prev},
+            **{field.NORMALIZED_IH: self.normalized_ih, field.SCALE_IH: self.scale_ih},
+            **{field.NORMALIZED_HH: self.normalized_hh, field.SCALE_HH: self.scale_hh},
+            **{field.OPERAND: operand, field.OPERAND_N: operand if self.operand_n is None else self.operand_n},
+        }
 
 
 def _expect(name: str, tensor: Tensor | None, *shape: int) -> None:
@@ -154,21 +231,67 @@ def _expect(name: str, tensor: Tensor | None, *shape: int) -> None:
         raise RuntimeError(f"fastrnn: {name} should have the shape {shape}, got {tuple(tensor.shape)}")
 
 
-def _arrays(parameters: Parameters, masks: Masks, dtype: torch.dtype) -> dict[int, Tensor | None]:
+def _check(gates: int, x, parameters: Parameters, masks: Masks, h0, c0, reverse, resets) -> None:
+    rows, sources, input_size = x.shape
+    directions, batch, size = h0.shape
+    _expect("reverse", h0, len(reverse), batch, size)
+    if directions % sources:
+        raise RuntimeError(f"fastrnn: {directions} directions cannot share {sources} inputs")
+    _expect("weight_ih", parameters.weight_ih, directions, gates * size, input_size)
+    _expect("weight_hh", parameters.weight_hh, directions, gates * size, size)
+    for name in ("bias_ih", "bias_hh", *Parameters._fields[4:8]):
+        _expect(name, getattr(parameters, name), directions, gates * size)
+    for name in Parameters._fields[8:]:
+        _expect(name, getattr(parameters, name), directions, size)
+    _expect("recurrent_mask", masks.recurrent_mask, directions, batch, size)
+    for name in ("keep_hidden", "keep_cell"):
+        keep = getattr(masks, name)
+        _expect(name, keep, 1 if keep is not None and len(keep) == 1 else rows, directions, size)
+    _expect("c0", c0, directions, batch, size)
+    _expect("resets", resets, rows, directions)
+
+
+def _arrays(x: Tensor, parameters: Parameters, masks: Masks, dtype: torch.dtype) -> dict[int, Tensor | None]:
     """What both passes are given, by field."""
-    places = (
-        *(field.WEIGHT_HH, field.BIAS_HN, field.WEIGHT_LN_HH, field.WEIGHT_LN_C, field.BIAS_LN_C),
-        *(field.WEIGHT_CI, field.WEIGHT_CF, field.WEIGHT_CO, field.MASK, field.KEEP_HIDDEN, field.KEEP_CELL),
-    )
-    tensors = (prepared(tensor, dtype) for tensor in (*parameters, *masks))
-    return dict(zip(places, tensors, strict=True))
+    places = {
+        **{"weight_ih": field.WEIGHT_IH, "weight_hh": field.WEIGHT_HH},
+        **{"weight_ln_ih": field.WEIGHT_LN_IH, "weight_ln_hh": field.WEIGHT_LN_HH},
+        **{"weight_ln_c": field.WEIGHT_LN_C, "bias_ln_c": field.BIAS_LN_C},
+        **{"weight_ci": field.WEIGHT_CI, "weight_cf": field.WEIGHT_CF, "weight_co": field.WEIGHT_CO},
+    }
+    arrays = {place: prepared(getattr(parameters, name), dtype) for name, place in places.items()}
+    places = (field.MASK, field.KEEP_HIDDEN, field.KEEP_CELL)
+    arrays |= {place: prepared(mask, dtype) for place, mask in zip(places, masks, strict=True)}
+    arrays[field.X] = prepared(x, dtype)
+    return arrays
 
 
-def _run(cell, reset_after, backward, dtype, rows, batch, batch_sizes, reverse, size, masks, arrays) -> None:
-    gates, _ = blocks(cell, reset_after)
+def _biases(cell: str, reset_after: bool, parameters: Parameters, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """All constants of the gates (D, G*H), and of those what r acts on in the GRU's n (D, H)."""
+    directions, gate_size, size = parameters.weight_hh.shape
+    total, hidden_side = like.new_zeros(directions, gate_size), like.new_zeros(directions, gate_size)
+    for of_input, of_state in (
+        (parameters.bias_ih, parameters.bias_hh),
+        (parameters.bias_ln_ih, parameters.bias_ln_hh),
+    ):
+        if of_input is not None:
+            total += of_input
+            hidden_side += of_state
+    if cell == "gru" and reset_after:
+        total[:, : 2 * size] += hidden_side[:, : 2 * size]
+        return total, hidden_side[:, 2 * size :].contiguous()
+    return total.add_(hidden_side), None
+
+
+def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_sizes, reverse, resets, arrays, sums=()):
+    gates, saved = blocks(cell, reset_after)
+    dtype, batch, size = h0.dtype, *h0.shape[1:]
+    rows, sources, input_size = x.shape
     steps, batch_sizes = count_steps(rows, batch, batch_sizes)
-    itemsize = 8 if dtype == torch.float64 else 4
-    sizes = Sizes(gates, backward, itemsize, torch.get_num_threads(), rows, steps, batch, size, tuple(reverse))
+    sizes = Sizes(
+        *(gates, saved, backward, needed, dtype.itemsize, torch.get_num_threads(), rows, steps, batch),
+        *(sources, input_size, size, tuple(reverse)),
+    )
     plan = _make_plan(sizes) if batch_sizes is None else _make_plan.__wrapped__(sizes, batch_sizes)
     values = list(plan.values)
     for place, keep in (
@@ -176,15 +299,19 @@ def _run(cell, reset_after, backward, dtype, rows, batch, batch_sizes, reverse, 
         (field.KEEP_CELL_STRIDE, masks.keep_cell),
     ):
         values[place] = 0 if keep is None or len(keep) == 1 else len(reverse) * size
-    norm = arrays[field.WEIGHT_LN_HH] is not None
-    arrays[field.BATCH_SIZES] = batch_sizes
+    values[field.SUMS], values[field.SUM_TABLE] = len(sums), len(values)
+    for total in sums:
+        values.extend(total.row())
+    arrays |= _arrays(x, parameters, masks, dtype)
+    arrays |= {field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()}
+    norm = parameters.weight_ln_ih is not None
     run_plan(plan._replace(values=tuple(values)), kernel(cell, reset_after, norm, backward, dtype), arrays)
 
 
 def forward(
     cell: str,
     reset_after: bool,
-    gates_x: Tensor,
+    x: Tensor,
     parameters: Parameters,
     masks: Masks,
     h0: Tensor,
@@ -194,72 +321,59 @@ def forward(
     resets: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Reserve | None]:
-    """The time loop: gates_x (rows, D, G*H) to output (rows, D*H), h_n, c_n, and with ``save`` the reserve.
+    """Run a layer: x (rows, S, I) to output (rows, D*H), h_n, c_n, and with ``save`` the reserve.
 
     All tensors but ``resets`` (rows, D) and ``batch_sizes`` are of one dtype, float32 or float64.
     """
-    dtype, rows = gates_x.dtype, gates_x.shape[0]
-    directions, batch, size = h0.shape
+    dtype, rows = x.dtype, x.shape[0]
+    directions, _, size = h0.shape
     gates, saved = blocks(cell, reset_after)
-    _expect("gates_x", gates_x, rows, directions, gates * size)
-    _expect("weight_hh", parameters.weight_hh, directions, gates * size, size)
-    _expect("weight_ln_hh", parameters.weight_ln_hh, directions, gates * size)
-    for name in ("bias_hn", *Parameters._fields[3:]):
-        _expect(name, getattr(parameters, name), directions, size)
-    _expect("recurrent_mask", masks.recurrent_mask, directions, batch, size)
-    for name in ("keep_hidden", "keep_cell"):
-        keep = getattr(masks, name)
-        _expect(name, keep, 1 if keep is not None and len(keep) == 1 else rows, directions, size)
-    _expect("c0", c0, directions, batch, size)
-    _expect("resets", resets, rows, directions)
-
+    _check(gates, x, parameters, masks, h0, c0, reverse, resets)
     hidden, cell_state = copied(h0, dtype), None if c0 is None else copied(c0, dtype)
+
+    def new(width: int, wanted: bool = True) -> Tensor | None:
+        return new_tensor(hidden, rows, directions, width) if wanted else None
+
     output, reserve = new_tensor(hidden, rows, directions * size), None
     if save:
-        norm = parameters.weight_ln_hh is not None
+        norm = parameters.weight_ln_ih is not None
+        scales = [hidden.new_empty(rows, directions) if norm else None for _ in range(2)]
+        normalized = [new(gates * size, norm) for _ in range(2)]
         reserve = Reserve(
-            new_tensor(hidden, rows, directions, saved * size),
-            new_tensor(hidden, rows, directions, size),
-            None if c0 is None else new_tensor(hidden, rows, directions, size),
-            new_tensor(hidden, rows, directions, gates * size) if norm else None,
-            hidden.new_empty(rows, directions) if norm else None,
+            *(new(saved * size), new(size), new(size, c0 is not None)),
+            *(normalized[0], scales[0], normalized[1], scales[1]),
+            *(new(size, masks.recurrent_mask is not None), new(size, not reset_after)),
         )
     if resets is not None:
-        resets = resets.contiguous()
         zero_before_first_step(resets, reverse, (hidden, cell_state), batch_sizes)
-    arrays = _arrays(parameters, masks, dtype)
-    arrays |= {field.GATES_X: prepared(gates_x, dtype), field.HIDDEN: hidden, field.CELL: cell_state}
-    arrays |= {field.OUTPUT: output, field.RESETS: resets}
-    if cell == "gru" and reset_after and parameters.bias_hn is None:
-        arrays[field.BIAS_HN] = hidden.new_zeros(directions, size)
-    if save:
-        arrays |= {field.GATES: reserve.gates, field.HIDDEN_PREV: reserve.hidden_prev, field.SCALE: reserve.scale}
-        arrays |= {field.CELL_PREV: reserve.cell_prev, field.NORMALIZED: reserve.normalized}
-    _run(cell, reset_after, False, dtype, rows, batch, batch_sizes, reverse, size, masks, arrays)
+    bias, bias_hn = _biases(cell, reset_after, parameters, hidden)
+    arrays = {} if reserve is None else reserve.arrays()
+    arrays |= {field.HIDDEN: hidden, field.CELL: cell_state, field.OUTPUT: output}
+    arrays |= {field.GATES_X: reserve.gates if save else new(gates * size), field.BIAS: bias, field.BIAS_HN: bias_hn}
+    _run(cell, reset_after, False, save, x, parameters, masks, hidden, batch_sizes, reverse, resets, arrays)
     return output, hidden, cell_state, reserve
 
 
-def _operands(hidden_prev: Tensor, mask: Tensor | None, batch: int, batch_sizes: Tensor | None) -> Tensor:
-    """What W_hh was multiplied with, (rows, D, H)."""
-    if mask is None:
-        return hidden_prev
-    by_sequence = mask.transpose(0, 1)
-    if batch_sizes is None:
-        return (hidden_prev.unflatten(0, (-1, batch)) * by_sequence).flatten(0, 1)
-    return hidden_prev * torch.cat([by_sequence[:count] for count in batch_sizes.tolist()])
+class _Sums(NamedTuple):
+    """Sums over all rows of columns of ``values``, and of these times ``factors``: a row of the sum table."""
 
+    values: Tensor  # (R, D, its width)
+    first: int  # column
+    factors: Tensor
+    first_factor: int
+    columns: int
+    sums: Tensor  # (D, its width)
+    products: Tensor
+    first_result: int = 0
 
-def _sum_of_products(gradients: Tensor, values: Tensor) -> Tensor:
-    """sum over rows of gradients[r, d, n] * values[r, d, k], (D, N, K), in parts as in ``numba_gradients``."""
-    rows = len(gradients)
-    # no more calls than that needs: each of them starts and ends torch's threads
-    at_once = max(SUM_ROWS, min(MOST_SUM_ROWS, rows // 16))
-    gradients, values = gradients.permute(1, 2, 0), values.transpose(0, 1)
-    total = torch.bmm(gradients[:, :, :at_once], values[:, :at_once])
-    for begin in range(at_once, rows, at_once):
-        # not baddbmm: it goes on adding up one product after the other
-        total += torch.bmm(gradients[:, :, begin : begin + at_once], values[:, begin : begin + at_once])
-    return total
+    def row(self) -> Iterator[int]:
+        def address(tensor: Tensor, column: int) -> int:
+            return tensor.data_ptr() + column * tensor.element_size()
+
+        yield from (address(self.values, self.first), self.values.shape[-1])
+        yield from (address(self.factors, self.first_factor), self.factors.shape[-1], self.columns)
+        yield from (address(self.sums, self.first_result), address(self.products, self.first_result))
+        yield self.sums.shape[-1]
 
 
 def backward(
@@ -268,6 +382,7 @@ def backward(
     d_output: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    x: Tensor,
     parameters: Parameters,
     masks: Masks,
     reserve: Reserve,
@@ -275,53 +390,70 @@ def backward(
     batch_sizes: Tensor | None,
     reverse: tuple[int, ...],
     resets: Tensor | None,
-) -> tuple[Tensor, Parameters, Tensor, Tensor | None]:
-    """Gradients of gates_x, of the parameters, of h0 and c0."""
-    gates, hidden_prev, cell_prev, normalized, scale = reserve
+    needs_x: bool,
+    needs: Parameters,
+    overwrite: bool,
+) -> tuple[Tensor | None, Parameters, Tensor, Tensor | None]:
+    """Gradients of x, of the parameters, of h0 and c0; ``needs`` holds a bool for every parameter.
+
+    ``overwrite``: nobody will read the reserve again.
+    """
+    gates, hidden_prev, cell_prev = reserve[:3]
     rows, directions, size = hidden_prev.shape
-    dtype, norm = hidden_prev.dtype, normalized is not None
-    count, _ = blocks(cell, reset_after)
+    dtype, norm, has_cell_state = hidden_prev.dtype, parameters.weight_ln_ih is not None, cell_prev is not None
+    gate_size = blocks(cell, reset_after)[0] * size
+
+    def new(width: int, wanted: bool = True) -> Tensor | None:
+        return new_tensor(gates, rows, directions, width) if wanted else None
+
+    def of_parameter(name: str) -> Tensor | None:
+        parameter = getattr(parameters, name)
+        return None if parameter is None else gates.new_empty(parameter.shape)
 
     def state_gradient(gradient: Tensor | None) -> Tensor:
         return gates.new_zeros(directions, batch, size) if gradient is None else copied(gradient, dtype)
 
-    d_hidden, d_cell = state_gradient(d_h_n), None if cell_prev is None else state_gradient(d_c_n)
-    d_gates_x = new_tensor(gates, rows, directions, count * size)
-    apart = norm or (cell == "gru" and reset_after)
-    d_product = new_tensor(gates, rows, directions, count * size) if apart else d_gates_x
-    normalized_c = d_normalized_c = None
-    if norm and cell_prev is not None:
-        normalized_c, d_normalized_c = (new_tensor(gates, rows, directions, size) for _ in range(2))
-    arrays = _arrays(parameters, masks, dtype)
-    arrays |= {field.GATES: gates, field.HIDDEN_PREV: hidden_prev, field.CELL_PREV: cell_prev}
-    arrays |= {field.NORMALIZED: normalized, field.SCALE: scale}
-    arrays |= {field.D_OUTPUT: prepared(d_output, dtype), field.D_HIDDEN: d_hidden, field.D_CELL: d_cell}
-    arrays |= {field.DGATES: d_gates_x, field.D_PRODUCT: d_product}
-    arrays |= {field.NORMALIZED_C: normalized_c, field.D_NORMALIZED_C: d_normalized_c}
-    arrays |= {field.RESETS: None if resets is None else resets.contiguous()}
-    _run(cell, reset_after, True, dtype, rows, batch, batch_sizes, reverse, size, masks, arrays)
-
-    operands = _operands(hidden_prev, masks.recurrent_mask, batch, batch_sizes)
-    if reset_after:
-        d_weight_hh = _sum_of_products(d_product, operands)
-    else:
-        of_n = _sum_of_products(d_gates_x[..., 2 * size :], operands * gates[..., :size])
-        d_weight_hh = torch.cat([_sum_of_products(d_gates_x[..., : 2 * size], operands), of_n], 1)
-    gradients = {"weight_hh": d_weight_hh}
-    d_hn = d_gates_x[..., 2 * size :] * gates[..., :size] if cell == "gru" and reset_after else None
-    if parameters.bias_hn is not None:
-        gradients["bias_hn"] = d_hn.sum(0)
+    peephole = parameters.weight_ci is not None
+    # with normalization other gradients stand beside those of the gates, which are then read again
+    dgates = gates if overwrite else new(gates.shape[-1])
+    d_hidden, d_cell = state_gradient(d_h_n), state_gradient(d_c_n) if has_cell_state else None
+    dx = new_tensor(gates, *x.shape) if needs_x else None
+    d = Parameters(*(of_parameter(name) for name in Parameters._fields))
+    new_cell, normalized_c, d_normalized_c = new(size, peephole), None, None
+    if norm and has_cell_state:
+        normalized_c, d_normalized_c = new(size), new(size)
+    arrays = reserve.arrays() | {
+        **{field.D_OUTPUT: prepared(d_output, dtype), field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
+        **{field.DGATES: dgates, field.D_PRODUCT_IH: new(gate_size, norm), field.D_PRODUCT_HH: new(gate_size, norm)},
+        **{field.NEW_CELL: new_cell, field.NORMALIZED_C: normalized_c, field.D_NORMALIZED_C: d_normalized_c},
+        **{field.DX: dx, field.D_WEIGHT_IH: d.weight_ih if needs.weight_ih else None},
+        **{field.D_WEIGHT_HH: d.weight_hh if needs.weight_hh else None},
+    }
+    sums = []
     if norm:
-        if d_hn is None:
-            gradients["weight_ln_hh"] = (d_gates_x * normalized).sum(0)
-        else:
-            of_r_and_z = (d_gates_x[..., : 2 * size] * normalized[..., : 2 * size]).sum(0)
-            gradients["weight_ln_hh"] = torch.cat([of_r_and_z, (d_hn * normalized[..., 2 * size :]).sum(0)], -1)
-    if normalized_c is not None:
-        gradients["weight_ln_c"], gradients["bias_ln_c"] = (d_normalized_c * normalized_c).sum(0), d_normalized_c.sum(0)
-    if parameters.weight_ci is not None:
-        d_i, d_f, _, d_o = d_gates_x.chunk(4, -1)
-        i, f, g, _ = gates.chunk(4, -1)
-        gradients["weight_ci"], gradients["weight_cf"] = (d_i * cell_prev).sum(0), (d_f * cell_prev).sum(0)
-        gradients["weight_co"] = (d_o * (f * cell_prev + i * g)).sum(0)
-    return d_gates_x, Parameters(**gradients), d_hidden, d_cell
+        own = size if cell == "gru" else 0
+        sums += [
+            _Sums(dgates, 0, reserve.normalized_ih, 0, gate_size, d.bias_ln_ih, d.weight_ln_ih),
+            _Sums(dgates, 0, reserve.normalized_hh, 0, gate_size - own, d.bias_ln_hh, d.weight_ln_hh),
+        ]
+        if cell == "gru":
+            results = (d.bias_ln_hh, d.weight_ln_hh, 2 * size)
+            sums.append(_Sums(dgates, 3 * size, reserve.normalized_hh, 2 * size, size, *results))
+        if has_cell_state:
+            sums.append(_Sums(d_normalized_c, 0, normalized_c, 0, size, d.bias_ln_c, d.weight_ln_c))
+    else:
+        arrays |= {field.D_BIAS_IH: d.bias_ih, field.D_BIAS_HH: d.bias_hh}
+    if peephole:
+        unused = gates.new_empty(directions, size)
+        sums += [
+            _Sums(dgates, 0, cell_prev, 0, size, unused, d.weight_ci),
+            _Sums(dgates, size, cell_prev, 0, size, unused, d.weight_cf),
+            _Sums(dgates, 3 * size, new_cell, 0, size, unused, d.weight_co),
+        ]
+    _run(
+        *(cell, reset_after, True, needs_x, x, parameters, masks, d_hidden, batch_sizes, reverse, resets, arrays),
+        sums,
+    )
+    if norm and d.bias_ih is not None:
+        d = d._replace(bias_ih=d.bias_ln_ih.clone(), bias_hh=d.bias_ln_hh.clone())
+    return dx, Parameters(*(g if needed else None for g, needed in zip(d, needs, strict=True))), d_hidden, d_cell

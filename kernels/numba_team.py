@@ -8,7 +8,7 @@ from .numba_simd import atomic_add, atomic_load, call_function, jit, pause
 
 # int64 values on a cache line of 64 bytes
 LINE = 8
-(TICKET, BARRIER, PACKING, PARTS_TAKEN, PRODUCTS, LEAVING, COUNTERS) = range(0, 7 * LINE, LINE)
+(TICKET, BARRIER, PACKING, PROJECTING, PARTS_TAKEN, PRODUCTS, SUMMING, LEAVING, COUNTERS) = range(0, 9 * LINE, LINE)
 # Addresses of C functions, 0 where there is none: omp_get_num_threads and sched_yield.
 TEAM_SIZE, YIELD = COUNTERS, COUNTERS + 1
 FIRST_FIELD = COUNTERS + 2

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,8 @@ def errors_against_float64(ours: Tensor, theirs: Tensor, reference: Tensor) -> E
     return Errors(mine, torchs, slack, ours.numel(), scale)
 
 
-def rule_violation(draws: list[Errors | str]) -> str | None:
-    """What breaks the tolerance rule in the draws of one result, on average, or None.
+def rule_violation(draws: list[Errors | str], middle: Callable[[Sequence[float]], float] = mean) -> str | None:
+    """What breaks the tolerance rule in the draws of one result, in their ``middle``, or None.
 
     The rule: our largest error against float64 is at most twice that of torch.nn in the same dtype, plus one
     unit in the last place at the reference's largest magnitude.
@@ -96,7 +97,7 @@ def rule_violation(draws: list[Errors | str]) -> str | None:
     for draw in draws:
         if isinstance(draw, str):
             return draw
-    ours, theirs, slack, *_ = (sum(values) / len(draws) for values in zip(*draws, strict=True))
+    ours, theirs, slack, *_ = (middle(values) for values in zip(*draws, strict=True))
     if ours <= 2 * theirs + slack:
         return None
     numbers = f"{draws[0].count} numbers up to {max(draw.scale for draw in draws):.3e}"

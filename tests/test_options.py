@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import random
+import statistics
 
 import pytest
 import torch
@@ -305,9 +306,14 @@ def test_bits_do_not_depend_on_threads(case):
 
 @pytest.mark.parametrize("case", KERNELS, ids=name_of)
 def test_rule_in_float32(case):
-    """Beside the same operations of torch in float32, on average over some draws."""
+    """Beside the same operations of torch in float32, on average over some draws.
+
+    Where rows are normalized, the median of the draws decides: a row whose values happen to lie close together
+    magnifies every rounding before it, and an average, even of 160 draws, is that of the worst one.
+    """
+    normalized = "layer_norm" in case[1]
     errors = []
-    for seed in range(160 if "relu" in case[1].values() else 8):
+    for seed in range(160 if normalized or "relu" in case[1].values() else 8):
         module = make(case, torch.float32, num_layers=1, bidirectional=True)
         exact = copy.deepcopy(module).double()
         x = torch.randn(30, 20, FEATURES, generator=torch.Generator().manual_seed(seed))
@@ -320,7 +326,7 @@ def test_rule_in_float32(case):
                 results.append(all_results(layer, layer, x.to(dtype), state))
         errors.append([errors_against_float64(*three) for three in zip(*results, strict=True)])
     for draws in zip(*errors, strict=True):
-        problem = rule_violation(list(draws))
+        problem = rule_violation(list(draws), statistics.median if normalized else statistics.mean)
         assert problem is None, problem
 
 
