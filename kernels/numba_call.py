@@ -61,13 +61,21 @@ _next += 7
 _next += 7
 (NORMALIZED_IH, SCALE_IH, NORMALIZED_HH, SCALE_HH, OPERAND, OPERAND_N) = range(_next, _next + 6)
 
-# Written by the backward pass. D_PRODUCT_IH and D_PRODUCT_HH (R, D, G*H): with layer normalization, the gradients of
-# the products. NEW_CELL, NORMALIZED_C and D_NORMALIZED_C (R, D, H): the new cell state, the same normalized, and the
-# gradient of what scale and shift make of it. SUMS: how many sums of columns there are to form, from SUM_TABLE on.
+# Of the backward pass alone. D_PRODUCT_IH and D_PRODUCT_HH (R, D, G*H): with layer normalization, the gradients of the
+# products. NEW_CELL, NORMALIZED_C and D_NORMALIZED_C (R, D, H): the new cell state, the same normalized, and the
+# gradient of what scale and shift make of it.
 _next += 6
-(D_PRODUCT_IH, D_PRODUCT_HH, NEW_CELL, NORMALIZED_C, D_NORMALIZED_C, SUMS, SUM_TABLE) = range(_next, _next + 7)
-RECURRENCE_TABLE = _next + 7
+(D_PRODUCT_IH, D_PRODUCT_HH, NEW_CELL, NORMALIZED_C, D_NORMALIZED_C) = range(_next, _next + 5)
 
-# One row of the sum table: the array whose columns are added up and its width, what they are multiplied with for the
-# other sum and its width, how many columns, where the sums and the sums of products go, and the width of these.
-SUM_FIELDS = 8
+# SUMS: how many sums of columns there are to form, from SUM_TABLE on: gradients of the following, each like what it is
+# the gradient of. UNUSED_SUM (D, H): where what is not wanted goes.
+_next += 5
+(SUMS, SUM_TABLE, D_WEIGHT_LN_IH, D_BIAS_LN_IH, D_WEIGHT_LN_HH, D_BIAS_LN_HH) = range(_next, _next + 6)
+_next += 6
+(D_WEIGHT_LN_C, D_BIAS_LN_C, D_WEIGHT_CI, D_WEIGHT_CF, D_WEIGHT_CO, UNUSED_SUM) = range(_next, _next + 6)
+RECURRENCE_TABLE = _next + 6
+
+# One row of the sum table: the field of the array whose columns are added up, its width and first column; the same of
+# what it is multiplied with for the other sum; how many columns; the fields of the sums and of the sums of products,
+# their width and first column.
+SUM_FIELDS = 11

@@ -278,20 +278,19 @@ def sum_columns(call, zero):
     item, begin = take(call, SUMMING), types.int64(0)
     for index in range(call[field.SUMS]):
         row = call[field.SUM_TABLE] + index * field.SUM_FIELDS
-        columns = call[row + 4]
+        values, width = advance(as_pointer(call[call[row]], zero), call[row + 2]), call[row + 1]
+        factors, factors_width = advance(as_pointer(call[call[row + 3]], zero), call[row + 5]), call[row + 4]
+        columns, out_width, first = call[row + 6], call[row + 9], call[row + 10]
+        sums = advance(as_pointer(call[call[row + 7]], zero), first)
+        products = advance(as_pointer(call[call[row + 8]], zero), first)
         chunks = panels_of(columns, vector)
         while item < begin + chunks * directions:
             direction, column = (item - begin) // chunks, (item - begin) % chunks * vector
-            count = min(vector, columns - column)
-            width, factors_width, out = call[row + 1], call[row + 3], direction * call[row + 7] + column
+            out = direction * out_width + column
             _column_sums(
-                *(advance(as_pointer(call[row], zero), direction * width + column), directions * width),
-                *(
-                    advance(as_pointer(call[row + 2], zero), direction * factors_width + column),
-                    directions * factors_width,
-                ),
-                *(call[field.ROWS], count),
-                *(advance(as_pointer(call[row + 5], zero), out), advance(as_pointer(call[row + 6], zero), out)),
+                *(advance(values, direction * width + column), directions * width),
+                *(advance(factors, direction * factors_width + column), directions * factors_width),
+                *(call[field.ROWS], min(vector, columns - column), advance(sums, out), advance(products, out)),
             )
             item = take(call, SUMMING)
         begin += chunks * directions

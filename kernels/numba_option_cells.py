@@ -51,9 +51,11 @@ def normalize(source, target, columns):
     """target = (source - mean) / deviation, for ``columns`` values; gives 1 / deviation."""
     vector = lanes(source)
     full = columns - columns % vector
-    total = load(source, full, columns - full)
+    total = load(source, 0, 0)
     for j in range(0, full, vector):
         total = total + load(source, j, vector)
+    if full < columns:
+        total = total + load(source, full, columns - full)
     mean = sum_of(total) / columns
     squares = load(source, 0, 0)
     for j in range(0, full, vector):
@@ -79,12 +81,15 @@ def normalize_backward(normalized, scale, weight, gradient, target, columns):
     """The gradient of ``normalize``'s source, from that of weight * target + bias; may be written over it."""
     vector = lanes(normalized)
     full = columns - columns % vector
-    total = load(gradient, full, columns - full) * load(weight, full, columns - full)
-    product = total * load(normalized, full, columns - full)
+    total = product = load(gradient, 0, 0)
     for j in range(0, full, vector):
         d = load(gradient, j, vector) * load(weight, j, vector)
         total = total + d
         product = product + d * load(normalized, j, vector)
+    if full < columns:
+        d = load(gradient, full, columns - full) * load(weight, full, columns - full)
+        total = total + d
+        product = product + d * load(normalized, full, columns - full)
     mean, slope = sum_of(total) / columns, sum_of(product) / columns
     each_normalize_backward(columns, vector, normalized, scale, weight, gradient, target, mean, slope)
 

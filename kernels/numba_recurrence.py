@@ -112,8 +112,10 @@ def kernel(cell: str, reset_after: bool, norm: bool, backward: bool, dtype: torc
 class Sizes(NamedTuple):
     """What a plan depends on."""
 
-    gates: int
-    saved: int
+    cell: str
+    reset_after: bool
+    norm: bool
+    peephole: bool
     backward: bool
     needed: bool  # forward: the reserve, backward: dx
     itemsize: int
@@ -127,11 +129,45 @@ class Sizes(NamedTuple):
     reverse: tuple[int, ...]
 
 
+def _sums(cell: str, norm: bool, peephole: bool, size: int) -> Iterator[tuple[int, ...]]:
+    """The rows of the sum table (``numba_call.py``): what parameters gain from every row that they scale or shift."""
+    gates, saved = blocks(cell, True)
+    if norm:
+        # the gradient of the GRU's n on the hidden state's side stands apart, behind the others
+        apart = saved - gates
+        of_input = (field.D_BIAS_LN_IH, field.D_WEIGHT_LN_IH, gates)
+        of_state = (field.D_BIAS_LN_HH, field.D_WEIGHT_LN_HH, gates)
+        yield _sum(size, (field.DGATES, saved), (field.NORMALIZED_IH, gates), gates, of_input)
+        yield _sum(size, (field.DGATES, saved), (field.NORMALIZED_HH, gates), gates - apart, of_state)
+        if apart:
+            yield _sum(size, (field.DGATES, saved), (field.NORMALIZED_HH, gates), 1, of_state, gates, gates - 1)
+        if cell == "lstm":
+            of_cell = (field.D_BIAS_LN_C, field.D_WEIGHT_LN_C, 1)
+            yield _sum(size, (field.D_NORMALIZED_C, 1), (field.NORMALIZED_C, 1), 1, of_cell)
+    if peephole:
+        for gate, factors, result in (
+            (0, field.CELL_PREV, field.D_WEIGHT_CI),
+            (1, field.CELL_PREV, field.D_WEIGHT_CF),
+            (3, field.NEW_CELL, field.D_WEIGHT_CO),
+        ):
+            yield _sum(size, (field.DGATES, saved), (factors, 1), 1, (field.UNUSED_SUM, result, 1), gate)
+
+
+def _sum(size: int, values, factors, count: int, results, first: int = 0, first_result: int = 0) -> tuple[int, ...]:
+    """A row of the sum table, from fields and numbers of blocks of the hidden size; factors stand as results do."""
+    sums, products, width = results
+    (values, values_width), (factors, factors_width) = values, factors
+    of_values = values, values_width * size, first * size
+    of_factors = factors, factors_width * size, first_result * size
+    return *of_values, *of_factors, count * size, sums, products, width * size, first_result * size
+
+
 @functools.lru_cache(maxsize=1024)
 def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     """The plan for a call; ``batch_sizes`` are given only if they differ from one another (then it is not cached)."""
     size, batch, directions = sizes.hidden_size, sizes.batch, len(sizes.reverse)
-    gate_size, lanes = sizes.gates * size, VECTOR_BYTES // sizes.itemsize
+    gates, saved = blocks(sizes.cell, sizes.reset_after)
+    gate_size, lanes = gates * size, VECTOR_BYTES // sizes.itemsize
     work = (2 if sizes.backward else 1) * sizes.rows * directions * gate_size * (size + sizes.input_size)
     threads = max(1, min(sizes.threads, work // WORK_PER_THREAD))
     chunks, _ = split_batch(threads, batch, sizes.reverse, gate_size * size, size, 1, sizes.itemsize, False)
@@ -152,21 +188,30 @@ def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
         return -(-columns // wide) * wide
 
     if sizes.backward:
+        sums = list(_sums(sizes.cell, sizes.norm, sizes.peephole, size))
+        values[field.SUMS], values[field.SUM_TABLE] = len(sums), len(values)
+        values.extend(itertools.chain.from_iterable(sums))
         scratch = max(scratch_size(lanes), (3 * block_rows + 2) * size)
-        panels = {
+        arrays = {
             field.PANELS_HH: gate_size * up(size),
             field.PANELS_IH: gate_size * up(sizes.input_size) if sizes.needed else 0,
         }
+        if sizes.norm:
+            arrays |= dict.fromkeys((field.D_PRODUCT_IH, field.D_PRODUCT_HH), sizes.rows * gate_size)
+            if sizes.cell == "lstm":
+                arrays |= dict.fromkeys((field.NORMALIZED_C, field.D_NORMALIZED_C), sizes.rows * size)
+        if sizes.peephole:
+            arrays |= {field.NEW_CELL: sizes.rows * size, field.UNUSED_SUM: size}
     else:
         scratch = block_rows * (gate_size + 4 * size)
         # the rows of the GRU's n may be packed apart
-        panels = {field.PANELS_HH: (up(gate_size) + wide) * size, field.PANELS_IH: up(gate_size) * sizes.input_size}
-        values[field.GATES_X_WIDTH] = (sizes.saved if sizes.needed else sizes.gates) * size
+        arrays = {field.PANELS_HH: (up(gate_size) + wide) * size, field.PANELS_IH: up(gate_size) * sizes.input_size}
+        values[field.GATES_X_WIDTH] = (saved if sizes.needed else gates) * size
     values[field.SCRATCH_SIZE] = -(-scratch // lanes) * lanes
     regions, offset = [], 0
     for place, count in (
         (field.SCRATCH, values[field.SCRATCH_SIZE] * max(len(parts), threads)),
-        *((place, directions * count) for place, count in panels.items()),
+        *((place, directions * count) for place, count in arrays.items()),
     ):
         if count:
             regions.append((place, offset))
@@ -283,13 +328,25 @@ def _biases(cell: str, reset_after: bool, parameters: Parameters, like: Tensor) 
     return total.add_(hidden_side), None
 
 
-def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_sizes, reverse, resets, arrays, sums=()):
-    gates, saved = blocks(cell, reset_after)
+def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_sizes, reverse, resets, arrays):
     dtype, batch, size = h0.dtype, *h0.shape[1:]
     rows, sources, input_size = x.shape
     steps, batch_sizes = count_steps(rows, batch, batch_sizes)
+    norm, peephole = parameters.weight_ln_ih is not None, parameters.weight_ci is not None
     sizes = Sizes(
-        *(gates, saved, backward, needed, dtype.itemsize, torch.get_num_threads(), rows, steps, batch),
+        *(
+            cell,
+            reset_after,
+            norm,
+            peephole,
+            backward,
+            needed,
+            dtype.itemsize,
+            torch.get_num_threads(),
+            rows,
+            steps,
+            batch,
+        ),
         *(sources, input_size, size, tuple(reverse)),
     )
     plan = _make_plan(sizes) if batch_sizes is None else _make_plan.__wrapped__(sizes, batch_sizes)
@@ -299,12 +356,8 @@ def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_si
         (field.KEEP_CELL_STRIDE, masks.keep_cell),
     ):
         values[place] = 0 if keep is None or len(keep) == 1 else len(reverse) * size
-    values[field.SUMS], values[field.SUM_TABLE] = len(sums), len(values)
-    for total in sums:
-        values.extend(total.row())
     arrays |= _arrays(x, parameters, masks, dtype)
     arrays |= {field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()}
-    norm = parameters.weight_ln_ih is not None
     run_plan(plan._replace(values=tuple(values)), kernel(cell, reset_after, norm, backward, dtype), arrays)
 
 
@@ -354,28 +407,6 @@ def forward(
     return output, hidden, cell_state, reserve
 
 
-class _Sums(NamedTuple):
-    """Sums over all rows of columns of ``values``, and of these times ``factors``: a row of the sum table."""
-
-    values: Tensor  # (R, D, its width)
-    first: int  # column
-    factors: Tensor
-    first_factor: int
-    columns: int
-    sums: Tensor  # (D, its width)
-    products: Tensor
-    first_result: int = 0
-
-    def row(self) -> Iterator[int]:
-        def address(tensor: Tensor, column: int) -> int:
-            return tensor.data_ptr() + column * tensor.element_size()
-
-        yield from (address(self.values, self.first), self.values.shape[-1])
-        yield from (address(self.factors, self.first_factor), self.factors.shape[-1], self.columns)
-        yield from (address(self.sums, self.first_result), address(self.products, self.first_result))
-        yield self.sums.shape[-1]
-
-
 def backward(
     cell: str,
     reset_after: bool,
@@ -399,12 +430,8 @@ def backward(
     ``overwrite``: nobody will read the reserve again.
     """
     gates, hidden_prev, cell_prev = reserve[:3]
-    rows, directions, size = hidden_prev.shape
-    dtype, norm, has_cell_state = hidden_prev.dtype, parameters.weight_ln_ih is not None, cell_prev is not None
-    gate_size = blocks(cell, reset_after)[0] * size
-
-    def new(width: int, wanted: bool = True) -> Tensor | None:
-        return new_tensor(gates, rows, directions, width) if wanted else None
+    _, directions, size = hidden_prev.shape
+    dtype, norm = hidden_prev.dtype, parameters.weight_ln_ih is not None
 
     def of_parameter(name: str) -> Tensor | None:
         parameter = getattr(parameters, name)
@@ -413,47 +440,23 @@ def backward(
     def state_gradient(gradient: Tensor | None) -> Tensor:
         return gates.new_zeros(directions, batch, size) if gradient is None else copied(gradient, dtype)
 
-    peephole = parameters.weight_ci is not None
-    # with normalization other gradients stand beside those of the gates, which are then read again
-    dgates = gates if overwrite else new(gates.shape[-1])
-    d_hidden, d_cell = state_gradient(d_h_n), state_gradient(d_c_n) if has_cell_state else None
+    dgates = gates if overwrite else new_tensor(gates, *gates.shape)
+    d_hidden, d_cell = state_gradient(d_h_n), None if cell_prev is None else state_gradient(d_c_n)
     dx = new_tensor(gates, *x.shape) if needs_x else None
     d = Parameters(*(of_parameter(name) for name in Parameters._fields))
-    new_cell, normalized_c, d_normalized_c = new(size, peephole), None, None
-    if norm and has_cell_state:
-        normalized_c, d_normalized_c = new(size), new(size)
     arrays = reserve.arrays() | {
         **{field.D_OUTPUT: prepared(d_output, dtype), field.D_HIDDEN: d_hidden, field.D_CELL: d_cell},
-        **{field.DGATES: dgates, field.D_PRODUCT_IH: new(gate_size, norm), field.D_PRODUCT_HH: new(gate_size, norm)},
-        **{field.NEW_CELL: new_cell, field.NORMALIZED_C: normalized_c, field.D_NORMALIZED_C: d_normalized_c},
-        **{field.DX: dx, field.D_WEIGHT_IH: d.weight_ih if needs.weight_ih else None},
+        **{field.DGATES: dgates, field.DX: dx},
+        **{field.D_WEIGHT_IH: d.weight_ih if needs.weight_ih else None},
         **{field.D_WEIGHT_HH: d.weight_hh if needs.weight_hh else None},
+        # with normalization these are those of its shifts
+        **{field.D_BIAS_IH: None if norm else d.bias_ih, field.D_BIAS_HH: None if norm else d.bias_hh},
+        **{field.D_WEIGHT_LN_IH: d.weight_ln_ih, field.D_BIAS_LN_IH: d.bias_ln_ih},
+        **{field.D_WEIGHT_LN_HH: d.weight_ln_hh, field.D_BIAS_LN_HH: d.bias_ln_hh},
+        **{field.D_WEIGHT_LN_C: d.weight_ln_c, field.D_BIAS_LN_C: d.bias_ln_c},
+        **{field.D_WEIGHT_CI: d.weight_ci, field.D_WEIGHT_CF: d.weight_cf, field.D_WEIGHT_CO: d.weight_co},
     }
-    sums = []
-    if norm:
-        own = size if cell == "gru" else 0
-        sums += [
-            _Sums(dgates, 0, reserve.normalized_ih, 0, gate_size, d.bias_ln_ih, d.weight_ln_ih),
-            _Sums(dgates, 0, reserve.normalized_hh, 0, gate_size - own, d.bias_ln_hh, d.weight_ln_hh),
-        ]
-        if cell == "gru":
-            results = (d.bias_ln_hh, d.weight_ln_hh, 2 * size)
-            sums.append(_Sums(dgates, 3 * size, reserve.normalized_hh, 2 * size, size, *results))
-        if has_cell_state:
-            sums.append(_Sums(d_normalized_c, 0, normalized_c, 0, size, d.bias_ln_c, d.weight_ln_c))
-    else:
-        arrays |= {field.D_BIAS_IH: d.bias_ih, field.D_BIAS_HH: d.bias_hh}
-    if peephole:
-        unused = gates.new_empty(directions, size)
-        sums += [
-            _Sums(dgates, 0, cell_prev, 0, size, unused, d.weight_ci),
-            _Sums(dgates, size, cell_prev, 0, size, unused, d.weight_cf),
-            _Sums(dgates, 3 * size, new_cell, 0, size, unused, d.weight_co),
-        ]
-    _run(
-        *(cell, reset_after, True, needs_x, x, parameters, masks, d_hidden, batch_sizes, reverse, resets, arrays),
-        sums,
-    )
+    _run(cell, reset_after, True, needs_x, x, parameters, masks, d_hidden, batch_sizes, reverse, resets, arrays)
     if norm and d.bias_ih is not None:
         d = d._replace(bias_ih=d.bias_ln_ih.clone(), bias_hh=d.bias_ln_hh.clone())
     return dx, Parameters(*(g if needed else None for g, needed in zip(d, needs, strict=True))), d_hidden, d_cell
