@@ -365,6 +365,8 @@ class _Layer(nn.RNNBase):
             raise ValueError(f"resets should be on the input's device {input.device}, got {resets.device}")
         if input.dim() == 3 and self.batch_first:
             resets = resets.transpose(0, 1)
+        if lengths is None and not self.bidirectional:
+            return resets.reshape(-1, 1)
         forward = resets.reshape(resets.shape[0], -1)
         if lengths is not None:
             forward = forward & (
