@@ -12,7 +12,9 @@ from .numba_team import FIRST_FIELD
     FIRST_FIELD, FIRST_FIELD + 9
 )
 
-_next = FIRST_FIELD + 9
+# CHECKSUMS: of the weights in each panel, int64, where panels are kept from call to call; 0: they are not.
+CHECKSUMS = FIRST_FIELD + 9
+_next = FIRST_FIELD + 10
 (STEPS, ROWS, BATCH, BATCH_SIZES, RESETS, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(
     _next, _next + 11
 )

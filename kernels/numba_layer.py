@@ -5,6 +5,8 @@ share out the products over all time steps (``numba_gradients.py``). This file i
 call, allocates what it writes, and makes the arrays contiguous.
 """
 
+import collections
+import ctypes
 import functools
 import itertools
 import math
@@ -23,7 +25,7 @@ from .numba_cells import BACKWARD, FORWARD
 from .numba_compile import kernel_address, run, use_large_pages
 from .numba_pairs import HAS_PAIRS, PAIR_ROWS
 from .numba_scan import LAYOUTS, make_backward_part, make_forward_part, panels_of
-from .numba_simd import VECTOR_BYTES, advance, as_pointer, jit, lanes, load, named_jit, store
+from .numba_simd import VECTOR_BYTES, advance, as_pointer, checksum, jit, lanes, load, named_jit, store
 from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
 from .numba_tile import WIDE, neighbour_vectors, operands_of
 
@@ -75,6 +77,23 @@ def _make_forward_packing(layout, operands, jit):
             pack_rows(source, depth, neighbour_vectors(size - unit, vector), vector, size - unit, vector, target)
 
     @jit
+    def is_kept(call, item, weight, block_stride, blocks, count):
+        """Whether an item's panel holds these weights: ``blocks`` times ``count`` values.
+
+        The weights themselves are asked, not their version: a write through ``.data``, a numpy view or another
+        process's shared memory counts none up. That takes a tenth of the time of packing them.
+        """
+        if call[field.CHECKSUMS] == 0:
+            return False
+        now = types.int64(1)
+        for block in range(blocks):
+            now = checksum(advance(weight, block * block_stride), count, now)
+        sums = as_pointer(call[field.CHECKSUMS], types.int64(0))
+        kept = sums[item] == now
+        sums[item] = now
+        return kept
+
+    @jit
     def packing(call, zero):
         """Pack every direction's weights and add up its biases, shared out among the threads."""
         size, state_size, input_size = call[field.HIDDEN_SIZE], call[field.STATE_SIZE], call[field.INPUT_SIZE]
@@ -95,25 +114,26 @@ def _make_forward_packing(layout, operands, jit):
             item = take(call, PACKING)
             if item >= directions * per_direction:
                 break
+            number = item
             direction, item = item // per_direction, item % per_direction
-            if item < gate_panels:
-                gate_panel(
-                    *(advance(weight_ih, direction * gate_size * input_size), input_size, size, item),
-                    advance(panels_ih, direction * width * depth_of(input_size)),
-                )
-            elif item < 2 * gate_panels:
-                gate_panel(
-                    *(advance(weight_hh, direction * gate_size * state_size), state_size, size, item - gate_panels),
-                    advance(panels_hh, direction * width * depth_of(state_size)),
-                )
+            if item < 2 * gate_panels:
+                panel, of_input = item % gate_panels, item < gate_panels
+                depth = input_size if of_input else state_size
+                weight = advance(weight_ih if of_input else weight_hh, direction * gate_size * depth)
+                panels = advance(panels_ih if of_input else panels_hh, direction * width * depth_of(depth))
+                unit = panel * panel_vectors * vector
+                count = min(panel_vectors * vector, size - unit) * depth
+                if not is_kept(call, number, advance(weight, unit * depth), size * depth, gate_count, count):
+                    gate_panel(weight, depth, size, panel, panels)
             elif item < 2 * gate_panels + projection_panels:
                 panel = item - 2 * gate_panels
                 left = state_size - panel * wide
-                pack_rows(
-                    *(advance(weight_hr, (direction * state_size + panel * wide) * size), size),
-                    *(neighbour_vectors(left, vector), vector, left, vector),
-                    advance(panels_hr, (direction * projection_panels + panel) * wide * depth_of(size)),
-                )
+                weight = advance(weight_hr, (direction * state_size + panel * wide) * size)
+                if not is_kept(call, number, weight, 0, 1, min(left, wide) * size):
+                    pack_rows(
+                        *(weight, size, neighbour_vectors(left, vector), vector, left, vector),
+                        advance(panels_hr, (direction * projection_panels + panel) * wide * depth_of(size)),
+                    )
             else:
                 _combine_biases(call, direction, gate_count, zero)
 
@@ -279,6 +299,9 @@ class Plan(NamedTuple):
     scratch_bytes: int
     threads: int
     members: int
+    # of packed weights that may be kept for the next call, with their checksums
+    kept: tuple[tuple[int, int], ...] = ()
+    kept_bytes: int = 0
 
 
 class Sizes(NamedTuple):
@@ -378,25 +401,72 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     scratch = -(-scratch // lanes) * lanes + pairs
     values[field.SCRATCH_SIZE], values[field.PAIRS_SIZE] = scratch, pairs
     regions[field.SCRATCH] = scratch * max(len(parts) * members, threads)
-    if packed:
-        regions.update({place: directions * count for place, count in panels.items()})
+    panels = {place: directions * count for place, count in panels.items()} if packed else {}
+    kept = ((), 0)
+    if packed and not backward and not sizes.needed:
+        projection_panels = -(-state_size // wide) if sizes.projected else 0
+        items = directions * (2 * -(-size // (layout.panel_vectors * lanes)) + projection_panels + 1)
+        kept = _places({field.CHECKSUMS: items * 8 // itemsize} | panels, itemsize)
+        if kept[1] <= KEPT_BYTES:
+            panels = {}
+        else:
+            kept = ((), 0)
+    return Plan(tuple(values), *_places(regions | panels, itemsize), threads, members, *kept)
+
+
+def _places(counts: dict[int, int], itemsize: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Where arrays of so many values stand in memory, by the fields that take their addresses, and its bytes."""
     offset, offsets = 0, []
-    for place, count in regions.items():
+    for place, count in counts.items():
         if count:
             offsets.append((place, offset))
             offset += -(-count * itemsize // 64) * 64
-    return Plan(tuple(values), tuple(offsets), offset, threads, members)
+    return tuple(offsets), offset
 
 
 class _Kept(threading.local):
-    """Scratch of this thread's last call, for the next one: fresh memory costs more than packing weights into it."""
+    """Memory of this thread's last calls, for the next ones: fresh memory costs more than packing weights into it."""
 
-    memory: Tensor | None = None
+    scratch: Tensor | None = None
+
+    def __init__(self):
+        # packed weights of inference by what tells them apart, those used last at the end
+        self.panels: collections.OrderedDict[tuple, Tensor] = collections.OrderedDict()
 
 
 _kept = _Kept()
-# More than this goes back to the system after every call.
+# More scratch than this goes back to the system after every call, more packed weights are not kept.
 KEPT_BYTES = 64 << 20
+
+
+def new_panels(plan: Plan) -> Tensor:
+    """Memory for packed weights, in which none are yet."""
+    memory = torch.empty(plan.kept_bytes, dtype=torch.uint8, device="cpu")
+    use_large_pages(memory)
+    return _without_panels(plan, memory)
+
+
+def _without_panels(plan: Plan, memory: Tensor) -> Tensor:
+    memory[: plan.kept[1][1]].zero_()  # the checksums stand first
+    return memory
+
+
+def _take_panels(plan: Plan, key: tuple) -> Tensor:
+    """What was kept under ``key``, or memory that is nobody's. Whether it is still right is for the kernel to see."""
+    memory = _kept.panels.pop(key, None)
+    if memory is not None:
+        return memory
+    if sum(panels.numel() for panels in _kept.panels.values()) + plan.kept_bytes > KEPT_BYTES:
+        for old, panels in _kept.panels.items():
+            if panels.numel() == plan.kept_bytes:
+                return _without_panels(plan, _kept.panels.pop(old))
+    return new_panels(plan)
+
+
+def _keep_panels(key: tuple, memory: Tensor) -> None:
+    _kept.panels[key] = memory
+    while sum(panels.numel() for panels in _kept.panels.values()) > KEPT_BYTES:
+        _kept.panels.popitem(last=False)
 
 
 def prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -449,8 +519,14 @@ def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None
     for place, tensor in arrays.items():
         if tensor is not None:
             call[place] = tensor.data_ptr()
+    if plan.kept:
+        # a few values, not the address: weights of two directions are put together anew for every call
+        key = address_of_kernel, plan.kept, ctypes.string_at(call[field.WEIGHT_HH], VECTOR_BYTES)
+        panels = _take_panels(plan, key)
+        for place, offset in plan.kept:
+            call[place] = panels.data_ptr() + offset
     # taken, not looked at: what the interpreter runs in between must not use the same memory
-    memory, _kept.memory = _kept.memory, None
+    memory, _kept.scratch = _kept.scratch, None
     if memory is None or memory.numel() < plan.scratch_bytes:
         memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu")
         use_large_pages(memory)
@@ -459,7 +535,9 @@ def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None
         call[place] = address + offset
     run(address_of_kernel, call, plan.threads)
     if memory.numel() <= KEPT_BYTES:
-        _kept.memory = memory
+        _kept.scratch = memory
+    if plan.kept:
+        _keep_panels(key, panels)
 
 
 def _plan(sizes: Sizes, batch_sizes: Tensor | None) -> Plan:

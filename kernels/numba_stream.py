@@ -1,7 +1,7 @@
 """One time step after another: the forward call of one layer, prepared once and run again and again.
 
-The weights are read where the module keeps them, so that a change is seen at once and nothing has to be packed: a
-single step is bound by the speed at which they can be read.
+For few sequences the weights are read where the module keeps them: a step is bound by the speed at which that can be
+done. For many they are packed, once: every step looks whether they have changed (``is_kept`` of ``numba_layer.py``).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from . import numba_call as field
 from .numba_call import OUTPUT, X
 from .numba_compile import prepare_run
-from .numba_layer import Sizes, kernel, make_plan
+from .numba_layer import Sizes, kernel, make_plan, new_panels
 
 
 class _Prepared:
@@ -38,8 +38,10 @@ class _Prepared:
         plan = make_plan(sizes)
         call = list(plan.values)
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu")
-        for place, offset in plan.regions:
-            call[place] = scratch.data_ptr() + offset
+        panels = new_panels(plan) if plan.kept else None
+        for memory, places in ((scratch, plan.regions), (panels, plan.kept)):
+            for place, offset in places:
+                call[place] = memory.data_ptr() + offset
         arrays = {
             **{field.WEIGHT_IH: weight_ih, field.WEIGHT_HH: weight_hh, field.WEIGHT_HR: weight_hr},
             **{field.BIAS_IH: bias_ih, field.BIAS_HH: bias_hh},
@@ -50,7 +52,7 @@ class _Prepared:
         self.run, self.values = prepare_run(kernel(cell_name, False, dtype, weight_hr is not None), call, plan.threads)
         # Threads that share the hidden units read one copy of the state and write another.
         self.shared = plan.members > 1
-        self._keep = (scratch, arrays)
+        self._keep = (scratch, panels, arrays)
 
 
 class Step:
