@@ -92,5 +92,9 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
     });
 #else
     m.attr("HOST_RUN") = false;
+    // The fingerprint of the sources, the GPUs that have an image ("80 90"), and the one of the PTX: see cuda_build.py.
+    m.attr("BUILT_OF") = FASTRNN_BUILT_OF;
+    m.attr("IMAGES") = FASTRNN_IMAGES;
+    m.attr("PTX") = FASTRNN_PTX;
 #endif
 }

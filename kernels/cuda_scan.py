@@ -7,12 +7,13 @@ spread over many blocks that wait for each other, so that all must be resident: 
 import functools
 import importlib
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..options import STEP_OPTIONS
-from . import gpu_layer
+from . import cuda_build, gpu_layer
 from .gpu_layer import Backward, Forward, Scan, direction_bits, on
 
 # Sequences of a tile of the batch; hidden units of a block of regime L.
@@ -34,8 +35,13 @@ def unavailable() -> str | None:
         library = _library()
     except ImportError as error:
         return f"fastrnn was installed without its CUDA kernels ({error}); nvcc must be there when it is built"
-    if not library.HOST_RUN and not torch.cuda.is_available():
-        return "torch finds no GPU"
+    if not library.HOST_RUN:
+        # a module from before it said what it was built of is of other sources
+        outdated = cuda_build.why_outdated(getattr(library, "BUILT_OF", None), Path(__file__).parents[2])
+        if outdated:
+            return outdated
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA's GPUs"
     return None
@@ -48,6 +54,15 @@ def _limits(device: torch.device) -> tuple[int, int]:
         return 64, 227 << 10
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _no_image(device: torch.device) -> str | None:
+    """Why the module has no code for a device, or None if it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    library = _library()
+    return cuda_build.why_no_image(library.IMAGES.split(), library.PTX, capability)
 
 
 def _type(dtype: torch.dtype) -> int:
@@ -71,8 +86,8 @@ def can_run(call) -> str | None:
     if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
         return f"its kernels have no {', '.join(sorted(missing))}"
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    if not on_host and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
+    if not on_host and (reason := _no_image(device)):
+        return reason
     kind = _type(call.dtype)
     return next(
         filter(None, (_obstacle(call.cell, kind, way, call.hidden_size, device) for way in (False, True))), None
