@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 TORCH ?= $(shell if $(HAS_GPU); then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc bench -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 # The GPU's tests and benchmark take the Python that is there, with its torch and Triton; they need nothing installed.
 GPU_PYTHON ?= $(shell command -v python3 || echo python)

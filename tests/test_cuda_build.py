@@ -9,6 +9,7 @@ import pytest
 from test_packaging import ROOT, copy_tree
 
 from bench.cuda_kernels import ARCHS, build, load, table
+from bench.gpu_experiments import __main__ as gpu_experiments
 from fastrnn.kernels.cuda_build import fingerprint, why_no_image, why_outdated
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile csrc/ with")
@@ -130,6 +131,13 @@ def test_a_build_that_fails_is_fatal_only_if_it_was_asked_for(tmp_path):
     assert done.returncode == 0 and "were not built" in done.stdout + done.stderr
     done = setup(tree, FASTRNN_CUDA_FLAGS="--no-such-flag", FASTRNN_BUILD_CUDA="1")
     assert done.returncode != 0 and "were not built" in done.stdout + done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", gpu_experiments.SOURCES, ids=lambda source: source.stem)
+def test_the_experiments_compile_without_warnings(source, tmp_path):
+    """For the GPU that has all they measure; they have no other test before someone has it at hand."""
+    assert gpu_experiments.compile(source, "90a", tmp_path).is_file()
 
 
 def test_the_sources_name_no_torch():
