@@ -32,7 +32,7 @@ struct Arguments {
     void* dgates;
     // A word of host memory: not zero if a block has waited in vain.
     uint32_t* failure;
-    // D, B, T, H; elements between rows of exchange and initial.
+    // D (a group is one direction), B, T, H; elements between rows of exchange and initial.
     int groups, batch, steps, size, stride;
     // Whether group g walks back in time: bit g % period.
     uint32_t reverse;

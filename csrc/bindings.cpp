@@ -52,7 +52,8 @@ void scan(const std::string& cell, int type, bool backward, bool spread, int til
                                  std::to_string(batch) + ": " + describe_error(error));
 }
 
-// Blocks of a group, threads and bytes of shared memory of a block; None where the regime cannot take the hidden size.
+// Blocks of a team (1 in regime S), threads and bytes of shared memory of a block; None where the regime cannot take
+// the hidden size.
 py::object grid(const std::string& cell, int type, bool backward, bool spread, int tiles, int size) {
     Arguments p = {};
     p.size = size, p.batch = p.groups = p.steps = 1;

@@ -96,7 +96,7 @@ struct Products {
         const int element = chunk * CHUNK<T> + lane % 4 * T::LANE;
         if (column.state == Column::ZEROS || element >= p.stride) return Words{};
         const uint32_t* const source = column.words + (pass * p.stride + element) / T::PER_WORD;
-        return column.state == Column::PUBLISHED ? look(source) : *reinterpret_cast<const Words*>(source);
+        return column.state == Column::PUBLISHED ? look(source) : load_vector<Words>(source);
     }
 
     // The same words once they are there.

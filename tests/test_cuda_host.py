@@ -21,7 +21,7 @@ LAYERS = {
     "gru": ("GRU", {}),
     "lstm": ("LSTM", {}),
 }
-# regime, tiles of 8 sequences, groups of blocks
+# regime, tiles of 8 sequences, teams of blocks
 WAYS = {"alone-1": (False, 1), "alone-2": (False, 2), "spread-1": (True, 1, 2), "spread-2": (True, 2, 1)}
 # hidden size, batch, steps, options, packed: no whole lanes, several tiles of units, of sequences and of directions
 SHAPES = {
@@ -199,6 +199,17 @@ def test_nan_passes_through_and_nobody_waits_for_it(host, way, dtype):
         ours(input, hx)  # would say so if the first had given up
     assert torch.equal(output.isnan(), theirs(input, hx)[0].isnan())
     assert output.isnan().any() and not output.isnan().all()
+
+
+@pytest.mark.parametrize("way", ["alone-1", "spread-1"])
+def test_a_misaligned_access_is_noticed(host, way, monkeypatch):
+    """A GPU would stop at it, the CPU would not: every tensor begins two bytes late here."""
+    ours, _, input, hx = make_case("lstm", "H16-B19-T3", torch.bfloat16, 0)
+    address = cuda_scan._address
+    monkeypatch.setattr(cuda_scan, "_address", lambda tensor: address(tensor) and address(tensor) + 2)
+    misaligned = pytest.raises(RuntimeError, match="misaligned")
+    with fastrnn.use_backend("cuda"), cuda_host.cut(*WAYS[way]), torch.no_grad(), misaligned:
+        ours(input, hx)
 
 
 def test_the_same_call_gives_the_same_bits(host):
