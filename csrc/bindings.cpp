@@ -82,6 +82,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
         "set_schedule",
         [](uint32_t seed, int late_block, int dead_block, int dropped, uint64_t longest_wait) {
             host::settings = {seed, late_block, dead_block, dropped, longest_wait};
+            host::flag_loads = 0;
         },
         py::kw_only(), py::arg("seed") = 0, py::arg("late_block") = -1, py::arg("dead_block") = -1,
         py::arg("dropped") = -1, py::arg("longest_wait") = host::Settings().longest_wait);
@@ -91,6 +92,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
         for (const host::Site& site : host::sites) names.push_back(site.place + " " + site.what);
         return names;
     });
+    m.def("flag_loads", [] { return host::flag_loads; });
 #else
     m.attr("HOST_RUN") = false;
     // The fingerprint of the sources, the GPUs that have an image ("80 90"), and the one of the PTX: see cuda_build.py.

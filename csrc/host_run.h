@@ -311,6 +311,9 @@ inline void warp_sync(int site) {
     machine.current->apart = false;
 }
 
+// How often a thread has asked for the word of failures, which is far away from a GPU.
+inline uint64_t flag_loads = 0;
+
 inline void publish(int site, uint32_t* target, uint32_t value) {
     check_alignment(target, sizeof value);
     machine.send({target, value}, !is_dropped(site));
@@ -426,6 +429,7 @@ inline uint32_t as_bits(float value) {
 }
 
 inline uint32_t load_flag(const uint32_t* flag) {
+    ++host::flag_loads;
     return *flag;
 }
 inline void store_flag(uint32_t* flag, uint32_t value) {
