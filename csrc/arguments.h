@@ -64,5 +64,9 @@ int launch_lstm(const Arguments& p, const Launch& launch);
 int launch_gru(const Arguments& p, const Launch& launch);
 int launch_rnn(const Arguments& p, const Launch& launch);
 
+// A word of host memory, zero, that kernels of all devices may write, for as long as the process lives. The result is
+// an error code.
+int new_host_word(uint32_t** word);
+
 // What an error code means.
 const char* describe_error(int code);

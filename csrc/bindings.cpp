@@ -63,6 +63,14 @@ py::object grid(const std::string& cell, int type, bool backward, bool spread, i
     return py::make_tuple(grid.x, grid.threads, grid.shared_bytes);
 }
 
+uint64_t host_word() {
+    uint32_t* word = nullptr;
+    const int error = new_host_word(&word);
+    if (error != 0)
+        throw std::runtime_error(std::string("no host memory that a GPU may write: ") + describe_error(error));
+    return reinterpret_cast<uint64_t>(word);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FASTRNN_MODULE, m) {
@@ -76,6 +84,7 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
           py::arg("period"));
     m.def("grid", &grid, py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"), py::arg("tiles"),
           py::arg("size"));
+    m.def("host_word", &host_word);
 #ifdef FASTRNN_HOST_RUN
     m.attr("HOST_RUN") = true;
     m.def(

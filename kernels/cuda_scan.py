@@ -4,6 +4,7 @@ Regime S: one block has all hidden units of some sequences, with their weights i
 spread over many blocks that wait for each other, so that all must be resident: ``can_run`` asks what the device has.
 """
 
+import ctypes
 import functools
 import importlib
 import threading
@@ -139,28 +140,26 @@ class Failure:
     """A word in the host's memory for each device, which a kernel sets that has waited in vain."""
 
     def __init__(self):
-        self._words: dict[torch.device, Tensor] = {}
+        self._words: dict[torch.device, ctypes.c_uint32] = {}
         self._lock = threading.Lock()
 
     def address(self, device: torch.device) -> int:
-        """Where the device's word is, after a look at it.
+        """Where the word of ``device``, the current one, is, after a look at it.
 
         Raises:
             RuntimeError: an earlier launch gave up; its results are NaN.
         """
-        word = self._words.get(device)
-        if word is None:
-            # of use in every mode, whatever the first call ran in
-            with self._lock, torch.inference_mode(False):
-                word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-                word = self._words.setdefault(device, word)
-        elif word[0]:
-            word.zero_()
+        with self._lock:
+            if device not in self._words:
+                self._words[device] = ctypes.c_uint32.from_address(_library().host_word())
+            word = self._words[device]
+        if word.value:
+            word.value = 0
             raise RuntimeError(
                 f"fastrnn: an earlier launch on {device} gave up waiting for blocks that should have run beside it: "
                 "its results are NaN. Choose another backend with fastrnn.use_backend or FASTRNN_BACKEND."
             )
-        return word.data_ptr()
+        return ctypes.addressof(word)
 
 
 failure = Failure()
