@@ -71,16 +71,23 @@ uint64_t host_word() {
     return reinterpret_cast<uint64_t>(word);
 }
 
+#ifdef FASTRNN_HOST_RUN
+using WhileItRuns = py::call_guard<>;  // one grid at a time
+#else
+// A launch waits where too many are queued, and other threads go on meanwhile.
+using WhileItRuns = py::call_guard<py::gil_scoped_release>;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(FASTRNN_MODULE, m) {
     m.doc() = "The scans of csrc/, for fastrnn.kernels.cuda_scan";
-    m.def("scan", &scan, py::kw_only(), py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"),
-          py::arg("tiles"), py::arg("teams"), py::arg("stream"), py::arg("weights"), py::arg("bias_hn"),
-          py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"), py::arg("initial"),
-          py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"), py::arg("hidden_prev"),
-          py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"), py::arg("groups"),
-          py::arg("batch"), py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"),
+    m.def("scan", &scan, WhileItRuns(), py::kw_only(), py::arg("cell"), py::arg("type"), py::arg("backward"),
+          py::arg("spread"), py::arg("tiles"), py::arg("teams"), py::arg("stream"), py::arg("weights"),
+          py::arg("bias_hn"), py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"),
+          py::arg("initial"), py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"),
+          py::arg("hidden_prev"), py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"),
+          py::arg("groups"), py::arg("batch"), py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"),
           py::arg("period"));
     m.def("grid", &grid, py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"), py::arg("tiles"),
           py::arg("size"));
