@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 TORCH ?= $(shell if $(HAS_GPU); then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc bench -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 # The GPU's tests and benchmark take the Python that is there, with its torch and Triton; they need nothing installed.
 GPU_PYTHON ?= $(shell command -v python3 || echo python)
@@ -26,10 +26,16 @@ OUT ?= bench/out/gpu
 FLASHRNN_SECONDS ?= 60
 FLASHRNN_WORKLOADS ?= flashrnn-768 neural-hydrology sample-factory
 
-.PHONY: help venv bench test test-compiling test-others mutate gpu lint format clean
+NEEDS_GPU = $(GPU_PYTHON) -c \
+	'import torch; assert torch.cuda.is_available(), "torch finds no GPU"; print(torch.cuda.get_device_name())'
+BUILD_FOR_THIS_GPU = \
+	FASTRNN_CUDA_ARCHS="$${FASTRNN_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}" \
+	    $(GPU_PYTHON) setup.py -q build_ext --inplace
+
+.PHONY: help venv bench test test-compiling test-others mutate gpu sanitize lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, with its test, bench and examples extras
 
@@ -59,10 +65,9 @@ mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and
 # not fit into its time fits into that of a later run, or FLASHRNN_SECONDS=3600 gives it more.
 gpu: ## On a machine with a GPU: build, GPU tests, benchmark against cuDNN and FlashRNN; CSV and summary in $$OUT
 	mkdir -p $(OUT)
-	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"; print(torch.cuda.get_device_name())'
+	$(NEEDS_GPU)
 	$(GPU_PYTHON) -c 'import pytest' || { echo 'the GPU tests need pytest: $(GPU_PYTHON) -m pip install pytest' >&2; exit 1; }
-	FASTRNN_CUDA_ARCHS="$${FASTRNN_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}" \
-	    $(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(BUILD_FOR_THIS_GPU)
 	status=0; \
 	timeout 200 $(GPU_PYTHON) -m pytest -q --maxfail 10 tests/test_gpu.py 2>&1 | tee $(OUT)/tests.txt || status=1; \
 	for backend in cuda triton; do \
@@ -74,6 +79,22 @@ gpu: ## On a machine with a GPU: build, GPU tests, benchmark against cuDNN and F
 	        $(FLASHRNN_WORKLOADS:%=--workload %) --output $(OUT)/results.csv --plot $(OUT)/flashrnn.png \
 	        2>&1 | tee $(OUT)/flashrnn.txt || echo 'FlashRNN: not all of it ran'; \
 	fi; \
+	exit $$status
+
+# Only fastrnn's kernels are checked. torch keeps no memory back, so that what lies past a tensor's end is no other's.
+# racecheck knows shared memory alone: nothing here checks the exchange between blocks.
+SANITIZER = timeout 600 compute-sanitizer --error-exitcode 1 --kernel-regex kns=entry
+
+sanitize: ## On a machine with a GPU: build; memcheck and racecheck of the CUDA kernels on tiny layers; reports in $$OUT
+	mkdir -p $(OUT)
+	$(NEEDS_GPU)
+	command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer of CUDA is not on the path' >&2; exit 1; }
+	$(BUILD_FOR_THIS_GPU)
+	status=0; \
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool $(GPU_PYTHON) -m pytest -q tests/test_gpu.py \
+	        -k TestTiny 2>&1 | tee $(OUT)/$$tool.txt || status=1; \
+	done; \
 	exit $$status
 
 lint: $(STAMP) ## Check with ruff, and clang-format where there are C++ sources

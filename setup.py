@@ -11,6 +11,7 @@ FASTRNN_CUDA_ARCHS  the GPUs to build for; if unset "80 90 100", as far as nvcc 
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+fingerprint = runpy.run_path(str(ROOT / "fastrnn" / "kernels" / "cuda_build.py"))["fingerprint"]
 ARCHS = ("80", "90", "100")
 SOURCES = ("lstm.cu", "gru.cu", "rnn.cu", "error.cu", "bindings.cpp")
 
 NINJA = """
 rule compile
-  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
+  command = {nvcc} {flags} $defines -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -102,6 +105,11 @@ class Build(build_ext):
         for source in SOURCES:
             objects.append(escaped(folder / f"{source}.o"))
             text += f"build {objects[-1]}: compile {escaped(CSRC / source)}\n"
+            if source == "bindings.cpp":
+                # what cuda_build.py asks for; no other file's flags, or all would be compiled again for any change
+                built = {"BUILT_OF": fingerprint(CSRC), "IMAGES": " ".join(archs), "PTX": ptx}
+                defines = " ".join(f"'-DFASTRNN_{name}=\"{value}\"'" for name, value in built.items())
+                text += f"  defines = {defines}\n"
         text += f"build {escaped(target)}: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(text)
         print(f"fastrnn: building the CUDA kernels for {', '.join(archs)} into {target}", flush=True)

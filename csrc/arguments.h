@@ -32,7 +32,7 @@ struct Arguments {
     void* dgates;
     // A word of host memory: not zero if a block has waited in vain.
     uint32_t* failure;
-    // D, B, T, H; elements between rows of exchange and initial.
+    // D (a group is one direction), B, T, H; elements between rows of exchange and initial.
     int groups, batch, steps, size, stride;
     // Whether group g walks back in time: bit g % period.
     uint32_t reverse;
@@ -63,6 +63,10 @@ struct Launch {
 int launch_lstm(const Arguments& p, const Launch& launch);
 int launch_gru(const Arguments& p, const Launch& launch);
 int launch_rnn(const Arguments& p, const Launch& launch);
+
+// A word of host memory, zero, that kernels of all devices may write, for as long as the process lives. The result is
+// an error code.
+int new_host_word(uint32_t** word);
 
 // What an error code means.
 const char* describe_error(int code);

@@ -52,7 +52,8 @@ void scan(const std::string& cell, int type, bool backward, bool spread, int til
                                  std::to_string(batch) + ": " + describe_error(error));
 }
 
-// Blocks of a group, threads and bytes of shared memory of a block; None where the regime cannot take the hidden size.
+// Blocks of a team (1 in regime S), threads and bytes of shared memory of a block; None where the regime cannot take
+// the hidden size.
 py::object grid(const std::string& cell, int type, bool backward, bool spread, int tiles, int size) {
     Arguments p = {};
     p.size = size, p.batch = p.groups = p.steps = 1;
@@ -62,25 +63,42 @@ py::object grid(const std::string& cell, int type, bool backward, bool spread, i
     return py::make_tuple(grid.x, grid.threads, grid.shared_bytes);
 }
 
+uint64_t host_word() {
+    uint32_t* word = nullptr;
+    const int error = new_host_word(&word);
+    if (error != 0)
+        throw std::runtime_error(std::string("no host memory that a GPU may write: ") + describe_error(error));
+    return reinterpret_cast<uint64_t>(word);
+}
+
+#ifdef FASTRNN_HOST_RUN
+using WhileItRuns = py::call_guard<>;  // one grid at a time
+#else
+// A launch waits where too many are queued, and other threads go on meanwhile.
+using WhileItRuns = py::call_guard<py::gil_scoped_release>;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(FASTRNN_MODULE, m) {
     m.doc() = "The scans of csrc/, for fastrnn.kernels.cuda_scan";
-    m.def("scan", &scan, py::kw_only(), py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"),
-          py::arg("tiles"), py::arg("teams"), py::arg("stream"), py::arg("weights"), py::arg("bias_hn"),
-          py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"), py::arg("initial"),
-          py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"), py::arg("hidden_prev"),
-          py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"), py::arg("groups"),
-          py::arg("batch"), py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"),
+    m.def("scan", &scan, WhileItRuns(), py::kw_only(), py::arg("cell"), py::arg("type"), py::arg("backward"),
+          py::arg("spread"), py::arg("tiles"), py::arg("teams"), py::arg("stream"), py::arg("weights"),
+          py::arg("bias_hn"), py::arg("gates_x"), py::arg("offsets"), py::arg("resets"), py::arg("exchange"),
+          py::arg("initial"), py::arg("hidden"), py::arg("cell_state"), py::arg("output"), py::arg("gates"),
+          py::arg("hidden_prev"), py::arg("cell_prev"), py::arg("cells"), py::arg("dgates"), py::arg("failure"),
+          py::arg("groups"), py::arg("batch"), py::arg("steps"), py::arg("size"), py::arg("stride"), py::arg("reverse"),
           py::arg("period"));
     m.def("grid", &grid, py::arg("cell"), py::arg("type"), py::arg("backward"), py::arg("spread"), py::arg("tiles"),
           py::arg("size"));
+    m.def("host_word", &host_word);
 #ifdef FASTRNN_HOST_RUN
     m.attr("HOST_RUN") = true;
     m.def(
         "set_schedule",
         [](uint32_t seed, int late_block, int dead_block, int dropped, uint64_t longest_wait) {
             host::settings = {seed, late_block, dead_block, dropped, longest_wait};
+            host::flag_loads = 0;
         },
         py::kw_only(), py::arg("seed") = 0, py::arg("late_block") = -1, py::arg("dead_block") = -1,
         py::arg("dropped") = -1, py::arg("longest_wait") = host::Settings().longest_wait);
@@ -90,7 +108,12 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
         for (const host::Site& site : host::sites) names.push_back(site.place + " " + site.what);
         return names;
     });
+    m.def("flag_loads", [] { return host::flag_loads; });
 #else
     m.attr("HOST_RUN") = false;
+    // The fingerprint of the sources, the GPUs that have an image ("80 90"), and the one of the PTX: see cuda_build.py.
+    m.attr("BUILT_OF") = FASTRNN_BUILT_OF;
+    m.attr("IMAGES") = FASTRNN_IMAGES;
+    m.attr("PTX") = FASTRNN_PTX;
 #endif
 }

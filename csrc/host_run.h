@@ -7,6 +7,7 @@
 // * A published word arrives at other blocks any time later, in any order; a look at four words may see some of them.
 // * Lanes of a warp are ordered by nothing but block barriers: mma, shuffles and warp_sync only bring them together.
 //   Lanes that have waited for other blocks are apart until a warp_sync.
+// * An access whose address is no multiple of its size ends the run.
 // * Shared memory begins as NaN. A block may run as late as it can, or never.
 // * exponential is off by a unit or two in the last place, products of a tensor core are rounded once.
 //
@@ -267,6 +268,10 @@ inline bool is_dropped(int site) {
     return site == settings.dropped;
 }
 
+inline void check_alignment(const void* address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) machine.fail("host run: a misaligned access");
+}
+
 inline Warp& warp() {
     return machine.current->block->warps[machine.current->thread / 32];
 }
@@ -306,12 +311,17 @@ inline void warp_sync(int site) {
     machine.current->apart = false;
 }
 
+// How often a thread has asked for the word of failures, which is far away from a GPU.
+inline uint64_t flag_loads = 0;
+
 inline void publish(int site, uint32_t* target, uint32_t value) {
+    check_alignment(target, sizeof value);
     machine.send({target, value}, !is_dropped(site));
     if (machine.chance(4)) machine.yield();
 }
 
 inline Words look(int site, const uint32_t* source) {
+    check_alignment(source, sizeof(Words));
     Words words;
     machine.yield();
     machine.current->apart = true;
@@ -361,22 +371,37 @@ inline int blocks_y() {
     return host::machine.blocks_y;
 }
 
+template <class Vector>
+Vector load_vector(const void* source) {
+    host::check_alignment(source, sizeof(Vector));
+    return *static_cast<const Vector*>(source);
+}
+template <class Vector>
+void store_vector(void* target, const Vector& value) {
+    host::check_alignment(target, sizeof(Vector));
+    *static_cast<Vector*>(target) = value;
+}
+
 inline uint32_t* shared_memory() {
     return host::machine.current->block->shared.data()->word;
 }
 inline uint32_t load_shared(const uint32_t* source) {
+    host::check_alignment(source, sizeof *source);
     const auto& late = host::machine.current->late;
     for (size_t n = late.size(); n-- > 0;)
         if (late[n].target == source) return late[n].value;
     return *source;
 }
 inline void store_shared(uint32_t* target, uint32_t value) {
+    host::check_alignment(target, sizeof value);
     host::machine.current->late.push_back({target, value});
 }
 inline Words load_shared4(const uint32_t* source) {
+    host::check_alignment(source, sizeof(Words));
     return {{load_shared(source), load_shared(source + 1), load_shared(source + 2), load_shared(source + 3)}};
 }
 inline void store_shared4(uint32_t* target, Words value) {
+    host::check_alignment(target, sizeof value);
     for (int n = 0; n < 4; ++n) store_shared(target + n, value.word[n]);
 }
 
@@ -404,6 +429,7 @@ inline uint32_t as_bits(float value) {
 }
 
 inline uint32_t load_flag(const uint32_t* flag) {
+    ++host::flag_loads;
     return *flag;
 }
 inline void store_flag(uint32_t* flag, uint32_t value) {

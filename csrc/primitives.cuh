@@ -68,6 +68,16 @@ DEVICE int blocks_y() {
     return gridDim.y;
 }
 
+// One access to global memory as wide as a vector, whose address must be a multiple of its size.
+template <class Vector>
+DEVICE Vector load_vector(const void* source) {
+    return *static_cast<const Vector*>(source);
+}
+template <class Vector>
+DEVICE void store_vector(void* target, const Vector& value) {
+    *static_cast<Vector*>(target) = value;
+}
+
 // The block's shared memory.
 DEVICE uint32_t* shared_memory() {
     extern __shared__ Words memory[];

@@ -52,8 +52,7 @@ DEVICE bool is_reset(const Arguments& p, int64_t row, int group) {
 template <class T>
 DEVICE Words load_lane(const T* source, int there) {
     Words words = {};
-    if (there >= T::LANE && (reinterpret_cast<uintptr_t>(source) & 15) == 0)
-        return *reinterpret_cast<const Words*>(source);
+    if (there >= T::LANE && (reinterpret_cast<uintptr_t>(source) & 15) == 0) return load_vector<Words>(source);
     // an element a step, for rows that are no whole lanes
     UNROLLED (int k = 0; k < T::LANE && k < there; ++k) {
         uint32_t bits = 0;
@@ -66,11 +65,11 @@ DEVICE Words load_lane(const T* source, int there) {
     return words;
 }
 
+// Two elements that share a word.
 template <class T>
 DEVICE uint32_t word_of(float first, float second) {
     T low, high;
     convert(first, low);
-    if constexpr (T::PER_WORD == 1) return as_bits(low.value);
     convert(second, high);
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }

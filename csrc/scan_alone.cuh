@@ -40,7 +40,7 @@ template <class T>
 DEVICE Pair<T> load_pair(const T* source, int there, bool even) {
     Pair<T> pair = {};
     if (even) {
-        if (there > 0) pair = *reinterpret_cast<const Pair<T>*>(source);
+        if (there > 0) pair = load_vector<Pair<T>>(source);
         return pair;
     }
     if (there >= 1) pair.first = source[0];
@@ -54,7 +54,7 @@ DEVICE void store_pair(T* target, float first, float second, int there, bool eve
     convert(first, pair.first);
     convert(second, pair.second);
     if (even) {
-        if (there > 0) *reinterpret_cast<Pair<T>*>(target) = pair;
+        if (there > 0) store_vector(target, pair);
     } else {
         if (there >= 1) target[0] = pair.first;
         if (there >= 2) target[1] = pair.second;
@@ -97,7 +97,7 @@ DEVICE Place place_of(const Arguments& p) {
 }
 
 // Index of the thread's first unit in an array (rows, D, blocks, H), of a block of units.
-DEVICE int64_t element_of(const Arguments& p, const Place& at, int64_t row, int blocks = 1, int block = 0) {
+DEVICE int64_t index_of(const Arguments& p, const Place& at, int64_t row, int blocks = 1, int block = 0) {
     return ((row * p.groups + at.group) * blocks + block) * p.size + at.unit;
 }
 
@@ -170,18 +170,24 @@ DEVICE void forward_alone(const Arguments& p) {
                 const int sequence = at.sequence + tile * COLUMNS + j;
                 UNROLLED (int gate = 0; gate < GATES; ++gate)
                     into[tile][j][gate] = load_pair(
-                        static_cast<const T*>(p.gates_x) + element_of(p, at, step.first + sequence, GATES, gate),
+                        static_cast<const T*>(p.gates_x) + index_of(p, at, step.first + sequence, GATES, gate),
                         sequence < step.running ? at.there : 0, at.even);
             }
     };
-    // Before the step: forget what is reset, and put the state where the products find it.
-    const auto share_state = [&](const Step& step, uint32_t* target) {
+    bool reset[TILES][2];
+    const auto load_resets = [&](const Step& step) {
         UNROLLED (int tile = 0; tile < TILES; ++tile)
             UNROLLED (int j = 0; j < 2; ++j) {
                 const int sequence = at.sequence + tile * COLUMNS + j;
+                reset[tile][j] = sequence < step.running && is_reset(p, step.first + sequence, at.group);
+            }
+    };
+    // Before the step: forget what is reset, and put the state where the products find it.
+    const auto share_state = [&](uint32_t* target) {
+        UNROLLED (int tile = 0; tile < TILES; ++tile)
+            UNROLLED (int j = 0; j < 2; ++j) {
                 float (&h)[2] = hidden[tile][j];
-                if (sequence < step.running && is_reset(p, step.first + sequence, at.group))
-                    h[0] = h[1] = cell[tile][j][0] = cell[tile][j][1] = 0.0f;
+                if (reset[tile][j]) h[0] = h[1] = cell[tile][j][0] = cell[tile][j][1] = 0.0f;
                 share_pair<T>(target + (tile * COLUMNS + 2 * (at.lane % 4) + j) * stride, at.unit, h[0], h[1],
                               at.there);
             }
@@ -191,7 +197,8 @@ DEVICE void forward_alone(const Arguments& p) {
     block_sync();
     Step step = step_at(p, time_of<false>(p, at.group, 0));
     if (AHEAD<T, TILES>) load_gates(step, coming);
-    share_state(step, shared);
+    load_resets(step);
+    share_state(shared);
     block_sync();
 
     for (int count = 0; count < p.steps; ++count) {
@@ -204,6 +211,7 @@ DEVICE void forward_alone(const Arguments& p) {
         } else {
             load_gates(step, gates_x);
         }
+        load_resets(next);  // here, not where they are asked for: others wait for this thread then
 
         float products[TILES][GATES][4] = {};
         multiply_shared<ALONE_MOST_CHUNKS<Cell>>(weights, chunks, shared + (count & 1) * copy, stride, 0, products);
@@ -215,8 +223,8 @@ DEVICE void forward_alone(const Arguments& p) {
                 const int64_t row = step.first + sequence;
                 float (&h)[2] = hidden[tile][j], (&c)[2] = cell[tile][j];
                 if (reserve != nullptr) {
-                    store_pair(hidden_prev + element_of(p, at, row), h[0], h[1], at.there, at.even);
-                    if (Cell::HAS_CELL) store_pair(cell_prev + element_of(p, at, row), c[0], c[1], at.there, at.even);
+                    store_pair(hidden_prev + index_of(p, at, row), h[0], h[1], at.there, at.even);
+                    if (Cell::HAS_CELL) store_pair(cell_prev + index_of(p, at, row), c[0], c[1], at.there, at.even);
                 }
                 float saved[2][SAVED];
                 UNROLLED (int i = 0; i < 2; ++i) {
@@ -228,17 +236,17 @@ DEVICE void forward_alone(const Arguments& p) {
                     }
                     Cell::template forward<T::EXACT>(p.variant, of_gate, x, bias[i], h[i], c[i], saved[i]);
                 }
-                store_pair(output + element_of(p, at, row), h[0], h[1], at.there, at.even);
+                store_pair(output + index_of(p, at, row), h[0], h[1], at.there, at.even);
                 if (Cell::HAS_CELL && p.cells != nullptr)
-                    store_pair(static_cast<T*>(p.cells) + element_of(p, at, row), c[0], c[1], at.there, at.even);
+                    store_pair(static_cast<T*>(p.cells) + index_of(p, at, row), c[0], c[1], at.there, at.even);
                 if (reserve != nullptr)
                     UNROLLED (int block = 0; block < SAVED; ++block)
-                        store_pair(reserve + element_of(p, at, row, SAVED, block), saved[0][block], saved[1][block],
+                        store_pair(reserve + index_of(p, at, row, SAVED, block), saved[0][block], saved[1][block],
                                    at.there, at.even);
             }
 
         step = next;
-        if (count + 1 < p.steps) share_state(step, shared + ((count + 1) & 1) * copy);
+        if (count + 1 < p.steps) share_state(shared + ((count + 1) & 1) * copy);
         block_sync();
     }
 
@@ -284,7 +292,7 @@ DEVICE void backward_alone(const Arguments& p) {
         Pair<T> saved[SAVED], hidden_prev, cell_prev, d_output;
     };
     const auto gradient_at = [&](const void* gradient, int64_t row, int there) {
-        return load_pair(static_cast<const T*>(gradient) + element_of(p, at, row), gradient != nullptr ? there : 0,
+        return load_pair(static_cast<const T*>(gradient) + index_of(p, at, row), gradient != nullptr ? there : 0,
                          at.even);
     };
     const auto load_inputs = [&](const Step& step, int tile, int j) {
@@ -294,11 +302,11 @@ DEVICE void backward_alone(const Arguments& p) {
         Inputs in = {};
         UNROLLED (int block = 0; block < SAVED; ++block)
             in.saved[block] =
-                load_pair(static_cast<const T*>(p.gates) + element_of(p, at, row, SAVED, block), there, at.even);
+                load_pair(static_cast<const T*>(p.gates) + index_of(p, at, row, SAVED, block), there, at.even);
         if (Cell::HAS_BIAS_HN)
-            in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + element_of(p, at, row), there, at.even);
+            in.hidden_prev = load_pair(static_cast<const T*>(p.hidden_prev) + index_of(p, at, row), there, at.even);
         if (Cell::HAS_CELL)
-            in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + element_of(p, at, row), there, at.even);
+            in.cell_prev = load_pair(static_cast<const T*>(p.cell_prev) + index_of(p, at, row), there, at.even);
         in.d_output = gradient_at(p.output, row, there);
         return in;
     };
@@ -359,7 +367,7 @@ DEVICE void backward_alone(const Arguments& p) {
                                                       dc[tile][j][i], d[i]);
                 }
                 UNROLLED (int block = 0; block < SAVED; ++block) {
-                    store_pair(dgates + element_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there,
+                    store_pair(dgates + index_of(p, at, row, SAVED, block), d[0][block], d[1][block], at.there,
                                at.even);
                     if (block >= FIRST)
                         share_pair<T>(target + (tile * COLUMNS + j) * stride + (block - FIRST) * chunks * 16, at.unit,

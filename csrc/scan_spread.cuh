@@ -22,7 +22,7 @@ constexpr int WARPS = 8;
 // nor the reading ones (a unit each) meet in a bank.
 constexpr int PARTIAL = 8 * 20;
 
-// The patience of one thread: how long it has waited for other blocks, over all steps.
+// The patience of one thread: how long it has been waiting for other blocks.
 struct Patience {
     uint32_t* failure;
     uint64_t begin = 0;
@@ -43,8 +43,9 @@ struct Patience {
         }
         return lost;
     }
-    // What was waited for is there.
-    DEVICE void renew() { begin = 0; }
+    // What was waited for is there. Looks are counted anew: the word is in the host's memory, and all
+    // wait for a thread that asks for it.
+    DEVICE void renew() { begin = looks = 0; }
 };
 
 // What a thread goes on with that has waited in vain, in every element type: its results show it.
@@ -96,7 +97,7 @@ struct Products {
         const int element = chunk * CHUNK<T> + lane % 4 * T::LANE;
         if (column.state == Column::ZEROS || element >= p.stride) return Words{};
         const uint32_t* const source = column.words + (pass * p.stride + element) / T::PER_WORD;
-        return column.state == Column::PUBLISHED ? look(source) : *reinterpret_cast<const Words*>(source);
+        return column.state == Column::PUBLISHED ? look(source) : load_vector<Words>(source);
     }
 
     // The same words once they are there.
@@ -230,7 +231,9 @@ DEVICE void forward_spread(const Arguments& p) {
         if (at.there) {
             hidden = p.hidden[at.state];
             if (Cell::HAS_CELL) cell = p.cell[at.state];
-            if (Cell::HAS_BIAS_HN) bias_hn = to_float(static_cast<const T*>(p.bias_hn)[task.group * p.size + at.unit]);
+            if (Cell::HAS_BIAS_HN)
+                bias_hn =
+                    to_float(static_cast<const T*>(p.bias_hn)[static_cast<int64_t>(task.group) * p.size + at.unit]);
         }
         T x[GATES], coming[GATES] = {};
         const auto load_gates = [&](const Step& step) {

@@ -4,15 +4,17 @@ Regime S: one block has all hidden units of some sequences, with their weights i
 spread over many blocks that wait for each other, so that all must be resident: ``can_run`` asks what the device has.
 """
 
+import ctypes
 import functools
 import importlib
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..options import STEP_OPTIONS
-from . import gpu_layer
+from . import cuda_build, gpu_layer
 from .gpu_layer import Backward, Forward, Scan, direction_bits, on
 
 # Sequences of a tile of the batch; hidden units of a block of regime L.
@@ -34,8 +36,13 @@ def unavailable() -> str | None:
         library = _library()
     except ImportError as error:
         return f"fastrnn was installed without its CUDA kernels ({error}); nvcc must be there when it is built"
-    if not library.HOST_RUN and not torch.cuda.is_available():
-        return "torch finds no GPU"
+    if not library.HOST_RUN:
+        # a module from before it said what it was built of is of other sources
+        outdated = cuda_build.why_outdated(getattr(library, "BUILT_OF", None), Path(__file__).parents[2])
+        if outdated:
+            return outdated
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA's GPUs"
     return None
@@ -48,6 +55,15 @@ def _limits(device: torch.device) -> tuple[int, int]:
         return 64, 227 << 10
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _no_image(device: torch.device) -> str | None:
+    """Why the module has no code for a device, or None if it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    library = _library()
+    return cuda_build.why_no_image(library.IMAGES.split(), library.PTX, capability)
 
 
 def _type(dtype: torch.dtype) -> int:
@@ -71,8 +87,8 @@ def can_run(call) -> str | None:
     if call.options and (missing := STEP_OPTIONS.intersection(call.options)):
         return f"its kernels have no {', '.join(sorted(missing))}"
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    if not on_host and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
+    if not on_host and (reason := _no_image(device)):
+        return reason
     kind = _type(call.dtype)
     return next(
         filter(None, (_obstacle(call.cell, kind, way, call.hidden_size, device) for way in (False, True))), None
@@ -124,28 +140,26 @@ class Failure:
     """A word in the host's memory for each device, which a kernel sets that has waited in vain."""
 
     def __init__(self):
-        self._words: dict[torch.device, Tensor] = {}
+        self._words: dict[torch.device, ctypes.c_uint32] = {}
         self._lock = threading.Lock()
 
     def address(self, device: torch.device) -> int:
-        """Where the device's word is, after a look at it.
+        """Where the word of ``device``, the current one, is, after a look at it.
 
         Raises:
             RuntimeError: an earlier launch gave up; its results are NaN.
         """
-        word = self._words.get(device)
-        if word is None:
-            # of use in every mode, whatever the first call ran in
-            with self._lock, torch.inference_mode(False):
-                word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-                word = self._words.setdefault(device, word)
-        elif word[0]:
-            word.zero_()
+        with self._lock:
+            if device not in self._words:
+                self._words[device] = ctypes.c_uint32.from_address(_library().host_word())
+            word = self._words[device]
+        if word.value:
+            word.value = 0
             raise RuntimeError(
                 f"fastrnn: an earlier launch on {device} gave up waiting for blocks that should have run beside it: "
                 "its results are NaN. Choose another backend with fastrnn.use_backend or FASTRNN_BACKEND."
             )
-        return word.data_ptr()
+        return ctypes.addressof(word)
 
 
 failure = Failure()

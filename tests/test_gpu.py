@@ -1,5 +1,6 @@
 """Every backend that runs on a GPU against torch.nn on the same GPU; ``make gpu`` runs this file."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ from helpers import CELLS, assert_same_as_torch, assert_within_rule, make_pair, 
 
 import fastrnn
 from fastrnn.dispatch import Call, _objection
+from fastrnn.kernels import cuda_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -70,6 +72,37 @@ def test_outputs_and_gradients(cell, case, backend):
 def test_packed_input_and_both_directions(cell, hidden, backend):
     case = draw(cell, torch.bfloat16, hidden, 20, 15, packed=True, bidirectional=True, num_layers=2)
     assert_same_as_torch(case, backend=backend)
+
+
+# Regime, tiles of 8 sequences, teams of blocks.
+@pytest.mark.parametrize("way", [(False, 1, 0), (False, 2, 0), (True, 1, 2), (True, 2, 1)], ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+class TestTiny:
+    """The CUDA backend in bfloat16, cut up as it is for larger layers: `make sanitize` runs these."""
+
+    @pytest.fixture(autouse=True)
+    def cut(self, monkeypatch, way):
+        monkeypatch.setattr(cuda_scan, "_choose", lambda *_: way)
+
+    def test_packed(self, cell):
+        case = draw(cell, torch.bfloat16, 40, 9, 5, packed=True, bidirectional=True)
+        assert_same_as_torch(case, backend="cuda")
+
+    def test_resets(self, cell):
+        ours, _, input, state = draw(cell, torch.bfloat16, 33, 9, 5, bidirectional=True)(0)
+        resets = torch.rand(input.shape[:2], generator=torch.Generator().manual_seed(3)).to(input.device) < 0.4
+
+        def results(backend, dtype):
+            layer, x = copy.deepcopy(ours).to(dtype), input.detach().to(dtype).requires_grad_()
+            hx = tuple(part.to(dtype) for part in state) if isinstance(state, tuple) else state.to(dtype)
+            with fastrnn.use_backend(backend):
+                output, _ = layer(x, hx, resets=resets)
+            output.float().square().sum().backward()
+            return [output.detach(), x.grad, *(weight.grad for weight in layer.parameters())]
+
+        mine, expected = results("cuda", torch.bfloat16), results("reference", torch.bfloat16)
+        for index, three in enumerate(zip(mine, expected, results("reference", torch.float64), strict=True)):
+            assert_within_rule(*three, f"tensor {index}")
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
