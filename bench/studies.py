@@ -2,12 +2,9 @@
 
 length: the time of a step and row for short and long sequences, and for packed ones. memory: the peak of a training
 step, fastrnn's and torch.nn's, each in a process of its own (Linux). parts: the forward pass, the backward time loop
-and the products after it, one by one. resets: training with 1% of the steps reset, beside the same without, torch's
-layer without, and a loop over torch's LSTMCell. padding: training on a batch of which 30% is padding, by lengths and
-packed, beside torch's packed call. checkpoint: training that keeps the state every so many steps. packing: what a call
-costs beside its time steps, mostly the packing of weights. reading: batch 1, the rate at which the weights of the
-recurrence are read. options: training of layers beyond torch.nn's, beside the plain layer and, for layer normalization,
-a loop of torch operations.
+and the products after it, one by one. checkpoint: training that keeps the state every so many steps. packing: what a
+call costs beside its time steps. reading: batch 1, the rate at which the weights of the recurrence are read. options:
+training of layers beyond torch.nn's, beside the plain layer.
 """
 
 import argparse
@@ -19,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import ops
@@ -32,8 +29,6 @@ LENGTH_SIZES = tuple((cell, *sizes) for cell in ("LSTM", "GRU") for sizes in ((8
 MEMORY_SIZES = (("LSTM", 128, 256, 100), ("GRU", 128, 256, 100), ("RNN", 128, 256, 100), ("LSTM", 8, 1024, 64))
 PARTS_SIZES = (("LSTM", 128, 32), ("LSTM", 32, 64), ("LSTM", 32, 128), ("LSTM", 32, 256), ("GRU", 128, 128))
 PARTS_STEPS = 64
-RESETS_SIZES = ((256, 128, 64), (8, 256, 128), (32, 64, 128), (8, 64, 128))
-PADDING_SIZES = (("LSTM", 32, 256, 200), ("LSTM", 32, 64, 100), ("GRU", 32, 256, 200), ("RNN", 32, 128, 100))
 CHECKPOINT_SIZES = ((32, 128, 1000), (1, 64, 20_000), (16, 512, 200))
 PACKING_SIZES = (("LSTM", 32, 128), ("LSTM", 256, 128), ("LSTM", 32, 512), ("GRU", 32, 512), ("LSTM", 32, 1024))
 OPTIONS_SIZES = ((1, 128, 100), (8, 64, 100), (16, 128, 100), (64, 256, 50))
@@ -162,73 +157,6 @@ def alternating(calls: dict[str, Callable[[], object]], repeats: int = 9) -> dic
     return {name: statistics.median(values) for name, values in durations.items()}
 
 
-def cell_loop(layer: torch.nn.LSTM, input: torch.Tensor, resets: torch.Tensor) -> Callable[[], object]:
-    """What people write today: LSTMCell in a Python loop, the state multiplied by 1 - done."""
-    cell = torch.nn.LSTMCell(layer.input_size, layer.hidden_size)
-    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
-    keep = (~resets).float()[:, :, None]
-    gradient = torch.ones(*input.shape[:2], layer.hidden_size)
-
-    def call():
-        h = c = input.new_zeros(input.shape[1], layer.hidden_size)
-        outputs = []
-        for x, kept in zip(input, keep, strict=True):
-            h, c = cell(x, (h * kept, c * kept))
-            outputs.append(h)
-        return torch.autograd.grad(torch.stack(outputs), list(cell.parameters()), gradient)
-
-    return call
-
-
-def resets() -> None:
-    print(f"milliseconds of a training step, LSTM, resets at 1% of the steps, {torch.get_num_threads()} threads")
-    for batch, hidden, steps in RESETS_SIZES:
-        ours, theirs = fastrnn.LSTM(hidden, hidden), torch.nn.LSTM(hidden, hidden)
-        input, mask = torch.randn(steps, batch, hidden), torch.rand(steps, batch) < 0.01
-        gradient = torch.ones(steps, batch, hidden)
-
-        def with_resets():
-            output = ours(input, resets=mask)[0]  # noqa: B023
-            return torch.autograd.grad(output, list(ours.parameters()), gradient)  # noqa: B023
-
-        times = alternating(
-            {
-                "fastrnn, resets": with_resets,
-                "fastrnn": training_call(ours, input),
-                "torch.nn.LSTM without resets": training_call(theirs, input),
-                "loop over torch.nn.LSTMCell": cell_loop(theirs, input, mask),
-            }
-        )
-        print(f"B {batch} H {hidden} T {steps}: " + ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items()))
-
-
-def padding() -> None:
-    threads = torch.get_num_threads()
-    print(f"milliseconds of a training step, 30% of the batch padding, {threads} threads; of (T, B) tensors throughout")
-    for cell, batch, hidden, steps in PADDING_SIZES:
-        ours, theirs = getattr(fastrnn, cell)(hidden, hidden), getattr(torch.nn, cell)(hidden, hidden)
-        input, gradient = torch.randn(steps, batch, hidden), torch.ones(steps, batch, hidden)
-        lengths = torch.linspace(steps, 0.4 * steps, batch).long()[torch.randperm(batch)]
-
-        def packed(module):
-            output, _ = module(pack_padded_sequence(input, lengths, enforce_sorted=False))  # noqa: B023
-            return pad_packed_sequence(output)[0]
-
-        def training(module, run):
-            return lambda: torch.autograd.grad(run(), list(module.parameters()), gradient)  # noqa: B023
-
-        times = alternating(
-            {
-                "fastrnn, lengths": training(ours, lambda: ours(input, lengths=lengths)[0]),  # noqa: B023
-                "fastrnn, packed": training(ours, lambda: packed(ours)),  # noqa: B023
-                "fastrnn, padding as steps": training(ours, lambda: ours(input)[0]),  # noqa: B023
-                f"torch.nn.{cell}, packed": training(theirs, lambda: packed(theirs)),  # noqa: B023
-            }
-        )
-        named = ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items())
-        print(f"{cell} B {batch} H {hidden} T {steps}: {named}")
-
-
 def checkpoint() -> None:
     print(f"milliseconds of a training step, LSTM, {torch.get_num_threads()} threads, by steps between kept states")
     for batch, hidden, steps in CHECKPOINT_SIZES:
@@ -265,28 +193,6 @@ def reading() -> None:
         print(f"{cell} H {hidden}: {rate / 1e9:.1f} of {machine / 1e9:.1f}, {100 * rate / machine:.0f}%")
 
 
-def normalized_loop(layer: fastrnn.LSTM, input: torch.Tensor) -> Callable[[], object]:
-    """A layer-normalized LSTM as people write it: a Python loop of torch operations."""
-    size, functional = layer.hidden_size, torch.nn.functional
-    gradient = torch.ones(*input.shape[:2], size)
-
-    def call():
-        h = c = input.new_zeros(input.shape[1], size)
-        outputs = []
-        for x in input:
-            gates_x = functional.linear(x, layer.weight_ih_l0)
-            gates_x = functional.layer_norm(gates_x, (4 * size,), layer.weight_ln_ih_l0, layer.bias_ln_ih_l0)
-            gates_h = functional.linear(h, layer.weight_hh_l0)
-            gates_h = functional.layer_norm(gates_h, (4 * size,), layer.weight_ln_hh_l0, layer.bias_ln_hh_l0)
-            i, f, g, o = (gates_x + gates_h + layer.bias_ih_l0 + layer.bias_hh_l0).chunk(4, -1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * functional.layer_norm(c, (size,), layer.weight_ln_c_l0, layer.bias_ln_c_l0).tanh()
-            outputs.append(h)
-        return torch.autograd.grad(torch.stack(outputs), list(layer.parameters()), gradient)
-
-    return call
-
-
 def options() -> None:
     print(f"milliseconds of a training step, {torch.get_num_threads()} threads")
     for batch, hidden, steps in OPTIONS_SIZES:
@@ -294,17 +200,12 @@ def options() -> None:
         for cell, chosen in OPTIONS:
             layer, plain = getattr(fastrnn, cell)(hidden, hidden, **chosen), getattr(fastrnn, cell)(hidden, hidden)
             calls = {"with it": training_call(layer, input), "fastrnn without": training_call(plain, input)}
-            if layer._options.layer_norm and cell == "LSTM":
-                calls["loop of torch operations"] = normalized_loop(layer, input)
             times = ", ".join(f"{name} {1e3 * time:.2f}" for name, time in alternating(calls).items())
             print(f"{cell} {layer._options} B {batch} H {hidden} T {steps}: {times}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    studies = {
-        study.__name__: study
-        for study in (length, memory, parts, resets, padding, checkpoint, packing, reading, options)
-    }
+    studies = {study.__name__: study for study in (length, memory, parts, checkpoint, packing, reading, options)}
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=studies)
     studies[parser.parse_args(arguments).study]()
