@@ -406,15 +406,15 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     if packed and not backward and not sizes.needed:
         projection_panels = -(-state_size // wide) if sizes.projected else 0
         items = directions * (2 * -(-size // (layout.panel_vectors * lanes)) + projection_panels + 1)
-        kept = _places({field.CHECKSUMS: items * 8 // itemsize} | panels, itemsize)
+        kept = places({field.CHECKSUMS: items * 8 // itemsize} | panels, itemsize)
         if kept[1] <= KEPT_BYTES:
             panels = {}
         else:
             kept = ((), 0)
-    return Plan(tuple(values), *_places(regions | panels, itemsize), threads, members, *kept)
+    return Plan(tuple(values), *places(regions | panels, itemsize), threads, members, *kept)
 
 
-def _places(counts: dict[int, int], itemsize: int) -> tuple[tuple[tuple[int, int], ...], int]:
+def places(counts: dict[int, int], itemsize: int) -> tuple[tuple[tuple[int, int], ...], int]:
     """Where arrays of so many values stand in memory, by the fields that take their addresses, and its bytes."""
     offset, offsets = 0, []
     for place, count in counts.items():

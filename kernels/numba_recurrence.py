@@ -26,6 +26,7 @@ from .numba_layer import (
     make_backward_packing,
     make_parts,
     new_tensor,
+    places,
     prepared,
     run_plan,
     split_batch,
@@ -208,15 +209,9 @@ def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
         arrays = {field.PANELS_HH: (up(gate_size) + wide) * size, field.PANELS_IH: up(gate_size) * sizes.input_size}
         values[field.GATES_X_WIDTH] = (saved if sizes.needed else gates) * size
     values[field.SCRATCH_SIZE] = -(-scratch // lanes) * lanes
-    regions, offset = [], 0
-    for place, count in (
-        (field.SCRATCH, values[field.SCRATCH_SIZE] * max(len(parts), threads)),
-        *((place, directions * count) for place, count in arrays.items()),
-    ):
-        if count:
-            regions.append((place, offset))
-            offset += -(-count * sizes.itemsize // 64) * 64
-    return Plan(tuple(values), tuple(regions), offset, threads, 1)
+    regions = {field.SCRATCH: values[field.SCRATCH_SIZE] * max(len(parts), threads)}
+    regions |= {place: directions * count for place, count in arrays.items()}
+    return Plan(tuple(values), *places(regions, sizes.itemsize), threads, 1)
 
 
 class Parameters(NamedTuple):
@@ -332,22 +327,10 @@ def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_si
     dtype, batch, size = h0.dtype, *h0.shape[1:]
     rows, sources, input_size = x.shape
     steps, batch_sizes = count_steps(rows, batch, batch_sizes)
-    norm, peephole = parameters.weight_ln_ih is not None, parameters.weight_ci is not None
+    norm = parameters.weight_ln_ih is not None
     sizes = Sizes(
-        *(
-            cell,
-            reset_after,
-            norm,
-            peephole,
-            backward,
-            needed,
-            dtype.itemsize,
-            torch.get_num_threads(),
-            rows,
-            steps,
-            batch,
-        ),
-        *(sources, input_size, size, tuple(reverse)),
+        *(cell, reset_after, norm, parameters.weight_ci is not None, backward, needed, dtype.itemsize),
+        *(torch.get_num_threads(), rows, steps, batch, sources, input_size, size, tuple(reverse)),
     )
     plan = _make_plan(sizes) if batch_sizes is None else _make_plan.__wrapped__(sizes, batch_sizes)
     values = list(plan.values)

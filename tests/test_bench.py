@@ -1,5 +1,6 @@
 """The benchmark's other sides: FlashRNN's layer gives torch.nn's numbers, with a stand-in for the package."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from helpers import FLOAT64_AGREEMENT
 
 from bench import __main__ as bench
+from bench import features
 from bench.flashrnn import FlashRNN, objection
 from bench.results import read
 from bench.workloads import Workload
@@ -87,3 +89,33 @@ def test_without_a_progress_bar(tmp_path, monkeypatch, capsys):
     output = ["--output", str(tmp_path / "results.csv"), "--plot", str(tmp_path / "plot.png")]
     assert bench.main(["--device", "cpu", "--workload", "darts-rnn", "--seconds", "0.01", *output]) == 0
     assert "darts-rnn" in capsys.readouterr().err
+
+
+FEATURES = {
+    "resets": lambda: features.with_resets((2, 5, 4), torch.float64),
+    "lengths": lambda: features.with_padding("GRU", (5, 4, 9), torch.float64),
+    "layer_norm": lambda: features.with_layer_norm((2, 5, 4), torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_what_is_timed_beside_a_feature_does_the_same(name):
+    features.check(FEATURES[name]())
+
+
+def test_a_feature_of_other_numbers_is_noticed():
+    feature = FEATURES["resets"]()
+    wrong = dataclasses.replace(feature, ours=feature.others["nn.LSTM"])
+    with pytest.raises(AssertionError, match="resets-lstm-b2-h5 differs from loop over"):
+        features.check(wrong)
+
+
+def test_rows_of_a_feature():
+    rows = list(features.rows(FEATURES["lengths"](), 1, 0.0))
+    assert [row.torch_module for row in rows] == [
+        "nn.GRU, packed",
+        "fastrnn.GRU, packed",
+        "fastrnn.GRU, padding as steps",
+    ]
+    assert all(row.ratio == pytest.approx(row.torch_median_ms / row.median_ms) for row in rows)
+    assert [row.note.count("without the feature") for row in rows] == [0, 0, 1]
