@@ -72,18 +72,23 @@ def _make_weight_rows(operands: Operands, jit):
             begin = index * at_once
             steps, add = min(at_once, count - begin), index > 0
             deep = depth_of(steps)
-            for n in range(0, rows, vector):
+            for n in range(0, rows, WIDE * vector):
+                lines, vectors = advance(gradients, begin * gradients_stride + n), panels_of(rows - n, vector)
+                target = advance(packed, n * deep)
+                pack(
+                    *(lines, gradients_stride, steps, min(vectors, WIDE), rows - n, target, vector, deep * vector),
+                )
+            for n in range(0, rows if wanted & 2 else 0, vector):
                 lines = advance(gradients, begin * gradients_stride + n)
-                pack(lines, gradients_stride, steps, 1, rows - n, advance(packed, n * deep))
-                if wanted & 2:
-                    _add_up(lines, gradients_stride, steps, rows - n, advance(bias_sums, n), index % BIAS_SUMS > 0)
+                _add_up(lines, gradients_stride, steps, rows - n, advance(bias_sums, n), index % BIAS_SUMS > 0)
             if wanted & 2 and (index % BIAS_SUMS == BIAS_SUMS - 1 or index == blocks - 1):
                 for n in range(0, rows, vector):
                     _add_up(advance(bias_sums, n), 0, 1, rows - n, advance(bias, n), index >= BIAS_SUMS)
             for k in range(0, depth if wanted & 1 else 0, WIDE * vector):
                 left = depth - k
                 lines = advance(source, begin * source_stride + k)
-                pack(lines, source_stride, steps, neighbour_vectors(left, vector), left, panel)
+                vectors = neighbour_vectors(left, vector)
+                pack(lines, source_stride, steps, vectors, left, panel, vectors * vector, vector)
                 for n in range(0, rows, vector):
                     target = advance(out, n * depth + k)
                     multiply_neighbours(

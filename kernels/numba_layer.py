@@ -151,9 +151,10 @@ def make_backward_packing(layout, operands, jit):
         wide = WIDE * vector
         panel, direction = item % panels_of(columns, wide), item // panels_of(columns, wide)
         left = columns - panel * wide
+        vectors = neighbour_vectors(left, vector)
         pack_lines(
-            *(advance(weight, direction * depth * columns + panel * wide), columns, depth),
-            *(neighbour_vectors(left, vector), left, advance(panels, item * depth_of(depth) * wide)),
+            *(advance(weight, direction * depth * columns + panel * wide), columns, depth, vectors, left),
+            *(advance(panels, item * depth_of(depth) * wide), vectors * vector, vector),
         )
 
     @jit

@@ -165,11 +165,12 @@ def pack_rows_in_pairs(weight, depth, vectors, vector_stride, columns, column_st
 
 
 @jit
-def pack_lines_in_pairs(weight, line, depth, vectors, columns, panel):
+def pack_lines_in_pairs(weight, line, depth, vectors, columns, panel, line_step, vector_step):
     """``pack_lines`` of ``numba_tile.py`` for a panel of pairs."""
     vector = lanes(panel)
     for k in range(0, depth, 2):
         for v in range(vectors):
             first, count = advance(weight, k * line + v * vector), columns - v * vector
             second_count = count if k + 1 < depth else 0
-            _store_interleaved(first, advance(first, line), count, second_count, panel, (k // 2 * vectors + v) * vector)
+            place = k // 2 * line_step + v * vector_step
+            _store_interleaved(first, advance(first, line), count, second_count, panel, place)

@@ -251,6 +251,17 @@ def store(typingctx, pointer, index, count, vector):
 
 
 @intrinsic
+def fetch(typingctx, pointer):
+    """Ask for the cache line at ``pointer``, which will be read soon; a wrong address does no harm."""
+
+    def codegen(context, builder, sig, args):
+        prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
 def lanes(typingctx, pointer):
     """How many values of the pointer's type one vector holds."""
     count = Vector(pointer.dtype).lanes

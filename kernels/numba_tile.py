@@ -23,6 +23,7 @@ from .numba_simd import (
     VECTOR_BYTES,
     advance,
     broadcast,
+    fetch,
     fused_multiply_add,
     jit,
     lane_mask,
@@ -498,14 +499,27 @@ def pack_rows(weight, depth, vectors, vector_stride, columns, column_step, panel
             store_transposed(source, depth, rows, depth - k, advance(panel, k * line + v * vector), line)
 
 
+# Lines that are asked for before they are read: they lie too far apart for the processor to follow them.
+LINES_AHEAD = 8
+
+
 @jit
-def pack_lines(weight, line, depth, vectors, columns, panel):
-    """A panel of neighbouring columns: ``panel[k, c] = weight[k * line + c]``, zeros beyond ``columns``."""
+def pack_lines(weight, line, depth, vectors, columns, panel, line_step, vector_step):
+    """Vectors of neighbouring columns: ``panel[k * line_step + v * vector_step + lane]`` is the value at
+    ``weight[k * line + v * lanes + lane]``, zero beyond ``columns``.
+    """
     vector = lanes(weight)
+    if columns >= vectors * vector:
+        for k in range(depth):
+            source, target = advance(weight, k * line), advance(panel, k * line_step)
+            for v in range(vectors):
+                fetch(advance(source, LINES_AHEAD * line + v * vector))
+                store(target, v * vector_step, vector, load(source, v * vector, vector))
+        return
     for k in range(depth):
         for v in range(vectors):
             values = load(weight, k * line + v * vector, columns - v * vector)
-            store(panel, (k * vectors + v) * vector, vector, values)
+            store(panel, k * line_step + v * vector_step, vector, values)
 
 
 @jit

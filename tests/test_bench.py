@@ -104,9 +104,9 @@ def test_what_is_timed_beside_a_feature_does_the_same(name):
 
 
 def test_a_feature_of_other_numbers_is_noticed():
-    feature = FEATURES["resets"]()
-    wrong = dataclasses.replace(feature, ours=feature.others["nn.LSTM"])
-    with pytest.raises(AssertionError, match="resets-lstm-b2-h5 differs from loop over"):
+    feature = FEATURES["lengths"]()
+    wrong = dataclasses.replace(feature, ours=feature.others["fastrnn.GRU, padding as steps"])
+    with pytest.raises(AssertionError, match="lengths-gru-b5-h4 differs from"):
         features.check(wrong)
 
 
