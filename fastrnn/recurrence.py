@@ -51,18 +51,19 @@ class Recurrence(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        with _without_autocast(ctx.saved_tensors[5]):
-            return (None,) * 6 + tuple(Recurrence._gradients(ctx, cotangents))
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks a tensor only once
+        with _without_autocast(saved[5]):
+            return (None,) * 6 + tuple(Recurrence._gradients(ctx, saved, cotangents))
 
     @staticmethod
-    def _gradients(ctx, cotangents):
+    def _gradients(ctx, saved, cotangents):
         from .functional import are_plain, is_last_use
 
         needs_x, *needs, _, _ = ctx.needs_input_grad[6:]
         if all(cotangent is None for cotangent in cotangents):
             return [None] * (3 + len(needs))
         kernels, config = dispatch.recurrence_kernels(), ctx.config
-        batch_sizes, resets, *tensors = ctx.saved_tensors
+        batch_sizes, resets, *tensors = saved
         masks, (x, *tensors) = kernels.Masks(*tensors[:3]), tensors[3:]
         inputs, reserve = tensors[: len(needs) + 2], kernels.Reserve(*tensors[len(needs) + 2 :])
         if torch.is_grad_enabled() or not are_plain(cotangents):

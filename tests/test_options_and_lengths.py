@@ -1,8 +1,11 @@
 """Options and ``lengths=`` together, and where tracers, transforms and autocast look on."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_within_rule
+from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 
@@ -121,6 +124,17 @@ def test_gradients_inside_autocast_are_those_outside(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = torch.autograd.grad(total, layer.weight_hh_l0)[0]
     assert torch.equal(inside, outside)
+
+
+@options
+def test_gradients_inside_a_checkpoint(name):
+    layer, (input, resets) = make(name).eval(), draw()
+    results = []
+    for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
+        total = run(input, resets=resets)[0].square().sum()
+        results.append(torch.autograd.grad(total, list(layer.parameters())))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_keras_weights_do_not_go_to_what_is_computed():
