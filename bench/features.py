@@ -2,7 +2,7 @@
 
 A training step each. resets: 1% of the steps begin an episode, beside a loop over torch's cell and torch's layer
 without them. lengths: 30% of the batch is padding, beside torch's packed call. layer-norm: beside a loop of torch
-operations. Results are compared in float64 before anything is timed, and rows go to the table of all results.
+operations. Results are compared in float64 before anything is timed; rows go to a table of their own.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from .floor import floor_seconds
 from .machine import measure
 from .workloads import Workload
 
-OUTPUT = Path(__file__).parent / "results/results.csv"
+OUTPUT = Path(__file__).parent / "results/features.csv"
 RESETS_SIZES = ((8, 64, 128), (32, 64, 128), (8, 256, 128), (256, 128, 64))
 PADDING_SIZES = (("LSTM", 32, 64, 100), ("LSTM", 32, 256, 200), ("GRU", 32, 256, 200), ("RNN", 32, 128, 100))
 NORM_SIZES = ((1, 128, 100), (8, 64, 100), (16, 128, 100), (64, 256, 50))

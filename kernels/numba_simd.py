@@ -284,31 +284,18 @@ def store_transposed(typingctx, source, source_stride, rows, columns, target, ta
 
     def codegen(context, builder, sig, args):
         source, source_stride, rows, columns, target, target_stride = args
-        spots = [builder.gep(source, [builder.mul(source_stride, index(n))]) for n in range(lanes)]
-        targets = [builder.gep(target, [builder.mul(target_stride, index(k))]) for k in range(lanes)]
-        whole = builder.and_(*(builder.icmp_signed(">=", count, index(lanes)) for count in (rows, columns)))
-        # without masks it is twice as fast: there are fewer registers for masks than rows
-        with builder.if_else(whole) as (full, partial):
-            with full:
-                alignment = source.type.pointee.get_abi_size(context.target_data)
-                lines = [builder.load(builder.bitcast(spot, llvm.as_pointer()), align=alignment) for spot in spots]
-                # so many rows side by side are more streams than the processor follows by itself
-                for spot in spots:
-                    prefetch(builder, builder.gep(spot, [index(4 * lanes)]))
-                for line, place in zip(transposed(builder, lines), targets, strict=True):
-                    builder.store(line, builder.bitcast(place, llvm.as_pointer()), align=alignment)
-            with partial:
-                mask = lane_mask(builder, columns, lanes)
-                nothing, everything = ir.Constant(mask.type, None), ir.Constant(mask.type, [1] * lanes)
-                lines = [
-                    masked_load(
-                        builder, llvm, spot, builder.select(builder.icmp_signed("<", index(n), rows), mask, nothing)
-                    )
-                    for n, spot in enumerate(spots)
-                ]
-                for k, (line, place) in enumerate(zip(transposed(builder, lines), targets, strict=True)):
-                    wanted = builder.select(builder.icmp_signed("<", index(k), columns), everything, nothing)
-                    masked_store(builder, line, place, wanted)
+        mask = lane_mask(builder, columns, lanes)
+        nothing, everything = ir.Constant(mask.type, None), ir.Constant(mask.type, [1] * lanes)
+        lines = []
+        for n in range(lanes):
+            wanted = builder.select(builder.icmp_signed("<", index(n), rows), mask, nothing)
+            spot = builder.gep(source, [builder.mul(source_stride, index(n))])
+            lines.append(masked_load(builder, llvm, spot, wanted))
+            # so many rows side by side are more streams than the processor follows by itself
+            prefetch(builder, builder.gep(spot, [index(4 * lanes)]))
+        for k, line in enumerate(transposed(builder, lines)):
+            wanted = builder.select(builder.icmp_signed("<", index(k), columns), everything, nothing)
+            masked_store(builder, line, builder.gep(target, [builder.mul(target_stride, index(k))]), wanted)
         return context.get_dummy_value()
 
     i64 = types.int64
