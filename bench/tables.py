@@ -75,7 +75,7 @@ def workloads(rows: dict[str, Row]) -> str:
             f"{row['cell']}, {row['mode']}",
             f"{float(row['median_ms']):.3g} ms",
             f"{float(row['torch_median_ms']):.3g} ms",
-            f"{ratio(row):.2f}×",
+            f"{'~' * ('noisy' in row['note'])}{ratio(row):.2f}×",
             f"{float(row['floor_share']):.0%}",
         ]
         for row in chosen
