@@ -28,6 +28,7 @@ import torch
 from numba import cfunc, types
 from numba.core.registry import cpu_target
 
+from ..dispatch import without_garbage_collection
 from .numba_team import TEAM_SIZE, YIELD
 
 _SOURCES = tuple(
@@ -108,7 +109,7 @@ def kernel_address(name: str, build: Callable[[], Callable]) -> int:
     """The address of kernel ``name``: from this process, from the disk, or compiled from what ``build`` returns."""
     address = _addresses.get(name)
     if address is None:
-        with _lock:
+        with _lock, without_garbage_collection():
             address = _addresses.get(name)
             if address is None:
                 cpu_target.target_context.refresh()
