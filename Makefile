@@ -42,22 +42,23 @@ venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, wit
 bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
-# Tests of numbers run on all cores, and the first call of a kernel, which is timed, beside nothing else. The others are two
+# Tests of numbers run on all cores, and what is timed beside nothing else. The others are two
 # processes with one thread each, for two that both use every core wait for each other; the first of them has most of what
 # compiles.
 NUMBERS = $(addprefix tests/test_, differential.py matrix.py properties.py)
 COMPILING = $(addprefix tests/test_, cache.py combinations.py cuda_build.py cuda_host.py options.py triton_compile.py)
-FIRST_CALL = tests/test_cache.py::test_first_call_is_quick
+TIMED = tests/test_cache.py::test_first_call_is_quick \
+	tests/test_packaging.py::test_importing_is_quick_and_takes_neither_numba_nor_triton
 
 test: $(STAMP) lint ## Lint, format check and all tests
-	$(BIN)/python -m pytest $(FIRST_CALL) $(NUMBERS)
+	$(BIN)/python -m pytest $(TIMED) $(NUMBERS)
 	OMP_NUM_THREADS=1 MAX_JOBS=1 $(MAKE) --no-print-directory -j2 -Otarget test-compiling test-others
 
 test-compiling: $(STAMP)
-	$(BIN)/python -m pytest --deselect $(FIRST_CALL) $(COMPILING)
+	$(BIN)/python -m pytest $(TIMED:%=--deselect=%) $(COMPILING)
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest $(patsubst %,--ignore=%,$(NUMBERS) $(COMPILING))
+	$(BIN)/python -m pytest $(TIMED:%=--deselect=%) $(patsubst %,--ignore=%,$(NUMBERS) $(COMPILING))
 
 mutate: $(STAMP) ## Drop every barrier and flag of the CUDA kernels in turn, and list those that no test notices
 	PYTHONPATH=.:tests $(BIN)/python tests/mutate.py
