@@ -81,7 +81,7 @@ def _make_forward_packing(layout, operands, jit):
         """Whether an item's panel holds these weights: ``blocks`` times ``count`` values.
 
         The weights themselves are asked, not their version: a write through ``.data``, a numpy view or another
-        process's shared memory counts none up. That takes a tenth of the time of packing them.
+        process's shared memory counts none up. They are read once for it, in order.
         """
         if call[field.CHECKSUMS] == 0:
             return False
@@ -436,8 +436,9 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
-# More scratch than this goes back to the system after every call, more packed weights are not kept.
-KEPT_BYTES = 64 << 20
+# More scratch than this goes back to the system after every call, more packed weights are not kept, nor those of more
+# layers: weights that are trained between calls leave one entry after the other behind.
+KEPT_BYTES, KEPT_LAYERS = 64 << 20, 32
 
 
 def new_panels(plan: Plan) -> Tensor:
@@ -454,20 +455,17 @@ def _without_panels(plan: Plan, memory: Tensor) -> Tensor:
 
 def _take_panels(plan: Plan, key: tuple) -> Tensor:
     """What was kept under ``key``, or memory that is nobody's. Whether it is still right is for the kernel to see."""
-    memory = _kept.panels.pop(key, None)
+    kept = _kept.panels
+    memory = kept.pop(key, None)
     if memory is not None:
         return memory
-    if sum(panels.numel() for panels in _kept.panels.values()) + plan.kept_bytes > KEPT_BYTES:
-        for old, panels in _kept.panels.items():
-            if panels.numel() == plan.kept_bytes:
-                return _without_panels(plan, _kept.panels.pop(old))
+    while kept and (
+        len(kept) >= KEPT_LAYERS or sum(panels.numel() for panels in kept.values()) + plan.kept_bytes > KEPT_BYTES
+    ):
+        _, memory = kept.popitem(last=False)
+        if memory.numel() == plan.kept_bytes:
+            return _without_panels(plan, memory)
     return new_panels(plan)
-
-
-def _keep_panels(key: tuple, memory: Tensor) -> None:
-    _kept.panels[key] = memory
-    while sum(panels.numel() for panels in _kept.panels.values()) > KEPT_BYTES:
-        _kept.panels.popitem(last=False)
 
 
 def prepared(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -522,7 +520,9 @@ def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None
             call[place] = tensor.data_ptr()
     if plan.kept:
         # a few values, not the address: weights of two directions are put together anew for every call
-        key = address_of_kernel, plan.kept, ctypes.string_at(call[field.WEIGHT_HH], VECTOR_BYTES)
+        weight = arrays[field.WEIGHT_HH]
+        first = ctypes.string_at(weight.data_ptr(), min(VECTOR_BYTES, weight.nbytes))
+        key = address_of_kernel, plan.kept, first
         panels = _take_panels(plan, key)
         for place, offset in plan.kept:
             call[place] = panels.data_ptr() + offset
@@ -538,7 +538,7 @@ def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None
     if memory.numel() <= KEPT_BYTES:
         _kept.scratch = memory
     if plan.kept:
-        _keep_panels(key, panels)
+        _kept.panels[key] = panels
 
 
 def _plan(sizes: Sizes, batch_sizes: Tensor | None) -> Plan:

@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 from helpers import assert_within_rule, in_float64, make_pair
+from numba import njit, types
 
 import fastrnn
 from fastrnn.kernels import numba_layer
+from fastrnn.kernels.numba_simd import as_pointer, checksum
 
 LAYERS = {
     "rnn": ("RNN", {}),
@@ -26,7 +28,6 @@ CHANGES = {
     "rows": lambda weight: weight.copy_(weight.roll(1, 0)),
     "columns": lambda weight: weight.copy_(weight.flip(1)),
     "by numpy": lambda weight: weight.numpy().__setitem__((1, 1), 7.0),
-    "last digits": lambda weight: weight.mul_(1.0000002),
 }
 
 
@@ -50,6 +51,90 @@ def test_a_changed_weight_is_seen(name, hidden, change):
         for layer in (ours, theirs):
             CHANGES[change](getattr(layer, parameter).data)
         check(ours, theirs, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    ours, theirs = (layer.to(dtype) for layer in make_pair("LSTM", FEATURES, 70))
+    x = torch.randn(STEPS, BATCH, FEATURES).to(dtype)
+    check(ours, theirs, x)
+    for change in CHANGES.values():
+        if change is CHANGES["by numpy"] and dtype == torch.bfloat16:
+            continue  # numpy has no such type
+        for layer in (ours, theirs):
+            change(layer.weight_hh_l0.data)
+        check(ours, theirs, x)
+
+
+@njit(error_model="numpy")
+def sum_of(address, count):
+    return checksum(as_pointer(address, types.float32(0)), count, types.int64(1))
+
+
+def test_a_checksum_tells_every_bit():
+    """Whatever the kernels' results: changes of the last bits keep the tolerance rule."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 3, 16, 17, 63, 64, 65, 200):
+        values = torch.randn(count + 1, generator=generator)
+        bits, seen = values.view(torch.int32), set()
+
+        def now(values=values, count=count):
+            return sum_of(values.data_ptr(), count)
+
+        before = now()
+        for place in range(count):
+            for bit in (0, 13, 31):
+                flip = -(2**31) if bit == 31 else 1 << bit
+                bits[place] ^= flip
+                seen.add(now())
+                bits[place] ^= flip
+        assert now() == before
+        assert before not in seen
+        assert len(seen) == 3 * count
+        bits[count] ^= 1  # behind the last value
+        assert now() == before
+
+
+def test_a_checksum_tells_changes_of_many_values():
+    values = torch.randn(256, generator=torch.Generator().manual_seed(0)).view(16, 16)
+    seen = {sum_of(values.data_ptr(), 256)}
+    # neighbours in one lane of the sum, the same change to all values, and all values in another order
+    for changed in (
+        values * torch.where(torch.arange(16) == 3, -1, 1),
+        values * torch.where(torch.arange(16) == 3, -1, 1)[:, None],
+        -values,
+        values * 2,
+        values + 0.0 * values.neg(),
+        values.roll(1, 0),
+        values.roll(1, 1),
+        values.t().contiguous(),
+        values.flip(0, 1),
+        torch.zeros(16, 16),
+        -torch.zeros(16, 16),
+    ):
+        seen.add(sum_of(changed.data_ptr(), 256))
+    # one of them changes nothing
+    assert len(seen) == 11
+
+
+def test_weights_of_fewer_bytes_than_a_vector():
+    for hidden in (1, 2):
+        for class_name in ("RNN", "GRU", "LSTM"):
+            ours, theirs = (layer.double() for layer in make_pair(class_name, FEATURES, hidden))
+            x = torch.randn(STEPS, BATCH, FEATURES, dtype=torch.float64)
+            with torch.no_grad(), fastrnn.use_backend("numba"):
+                for _ in range(2):
+                    assert (ours(x)[0] - theirs(x)[0]).abs().max() <= 1e-12
+
+
+def test_weights_that_are_trained_between_calls_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(numba_layer, "_kept", numba_layer._Kept())
+    layer, x = fastrnn.GRU(FEATURES, 9), torch.randn(STEPS, BATCH, FEATURES)
+    with torch.no_grad(), fastrnn.use_backend("numba"):
+        for _ in range(2 * numba_layer.KEPT_LAYERS):
+            layer.weight_hh_l0.add_(0.01)
+            layer(x)
+    assert len(numba_layer._kept.panels) == numba_layer.KEPT_LAYERS
 
 
 def test_layers_alike_do_not_take_each_others_weights():
