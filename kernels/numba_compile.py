@@ -29,12 +29,13 @@ from numba import cfunc, types
 from numba.core.registry import cpu_target
 
 from ..dispatch import without_garbage_collection
+from .numba_library import KernelCompiler
 from .numba_team import TEAM_SIZE, YIELD
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"numba_{name}.py")
     for name in (
-        *("simd", "pairs", "team", "tile", "cells", "call", "scan", "gradients", "layer", "compile"),
+        *("library", "simd", "pairs", "team", "tile", "cells", "call", "scan", "gradients", "layer", "compile"),
         *("option_cells", "option_scan", "recurrence"),
     )
 )
@@ -118,7 +119,7 @@ def kernel_address(name: str, build: Callable[[], Callable]) -> int:
                 if address is None:
                     function = build()
                     function.__qualname__ = f"{function.__qualname__}.{name}"  # see named_jit
-                    compiled = cfunc(_SIGNATURE, error_model="numpy")(function)
+                    compiled = cfunc(_SIGNATURE, error_model="numpy", pipeline_class=KernelCompiler)(function)
                     _libraries.append(compiled._library)
                     _save(path, compiled.native_name, compiled._library)
                     address = compiled.address

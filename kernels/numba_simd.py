@@ -14,6 +14,8 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
+from .numba_library import KernelCompiler
+
 
 def _host_vector_bytes() -> int:
     features = llvmlite.binding.get_host_cpu_features()
@@ -141,8 +143,9 @@ def transposed(builder, lines):
 
 # How every function of the kernels is compiled: no wrappers, for none is called from Python. ``inline`` is for what is
 # small and stands in inner loops.
-jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-inline = njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_OPTIONS = dict(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=KernelCompiler)
+jit = njit(**_OPTIONS)
+inline = njit(**_OPTIONS, forceinline=True)
 
 
 def named_jit(tag: str):
