@@ -42,9 +42,8 @@ venv: $(STAMP) ## Create the virtual environment; install fastrnn, editable, wit
 bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 	$(BIN)/python -m bench --quick
 
-# Tests of numbers run on all cores, and what is timed beside nothing else. The others are two
-# processes with one thread each, for two that both use every core wait for each other; the first of them has most of what
-# compiles.
+# Tests of numbers run on all cores, and with them what is timed, for it runs beside nothing else. The others are two
+# processes with one thread each, for two that both use every core wait for each other; the first has most of what compiles.
 NUMBERS = $(addprefix tests/test_, differential.py matrix.py properties.py)
 COMPILING = $(addprefix tests/test_, cache.py combinations.py cuda_build.py cuda_host.py options.py triton_compile.py)
 TIMED = tests/test_cache.py::test_first_call_is_quick \

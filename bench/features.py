@@ -8,7 +8,7 @@ operations. Results are compared in float64 before anything is timed; rows go to
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -177,35 +177,18 @@ def rows(feature: Feature, threads: int, budget: float) -> Iterator[results.Resu
     mine = timings.pop("ours")
     floor = floor_seconds(workload, torch.float32, device, measure(device, torch.float32, threads))
     for name, theirs in timings.items():
-        notes = ["without the feature"] * (name in feature.differing) + ["noisy"] * (mine.noisy or theirs.noisy)
-        yield results.Result(
-            **asdict(results.environment(device)),
-            workload=workload.name,
-            cell=workload.cell,
-            mode=workload.mode,
-            input=workload.input,
-            hidden=workload.hidden,
-            layers=workload.layers,
-            bidirectional=workload.bidirectional,
-            batch=workload.batch,
-            time=workload.time,
-            padding=workload.variable,
-            dtype="float32",
-            threads=threads,
+        yield results.row(
+            workload,
+            device,
+            "float32",
+            threads,
             backend="numba",
-            median_ms=1e3 * mine.median,
-            p20_ms=1e3 * mine.p20,
-            p80_ms=1e3 * mine.p80,
-            samples=mine.samples,
+            first_call=first_call,
+            ours=mine,
             torch_module=name,
-            torch_median_ms=1e3 * theirs.median,
-            torch_p20_ms=1e3 * theirs.p20,
-            torch_p80_ms=1e3 * theirs.p80,
-            ratio=theirs.median / mine.median,
-            floor_ms=1e3 * floor,
-            floor_share=floor / mine.median,
-            first_call_ms=1e3 * first_call,
-            note="; ".join(notes),
+            theirs=theirs,
+            floor=floor,
+            notes=["without the feature"] * (name in feature.differing),
         )
 
 

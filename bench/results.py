@@ -14,6 +14,9 @@ import torch
 
 import fastrnn
 
+from .timer import Timing
+from .workloads import Workload
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
@@ -68,6 +71,53 @@ class Result(Environment):
 
 
 COLUMNS = [field.name for field in fields(Result)]
+
+
+def row(
+    workload: Workload,
+    device: torch.device,
+    dtype: str,
+    threads: int,
+    *,
+    backend: str,
+    first_call: float,
+    ours: Timing,
+    torch_module: str,
+    theirs: Timing,
+    floor: float,
+    notes: Iterable[str],
+) -> Result:
+    """What was measured of one workload, as a row: `first_call` and `floor` in seconds, empty notes are left out."""
+    noisy = "noisy" if ours.noisy or theirs.noisy else ""
+    return Result(
+        **asdict(environment(device)),
+        workload=workload.name,
+        cell=workload.cell,
+        mode=workload.mode,
+        input=workload.input,
+        hidden=workload.hidden,
+        layers=workload.layers,
+        bidirectional=workload.bidirectional,
+        batch=workload.batch,
+        time=workload.time,
+        padding=workload.variable,
+        dtype=dtype,
+        threads=threads,
+        backend=backend,
+        median_ms=1e3 * ours.median,
+        p20_ms=1e3 * ours.p20,
+        p80_ms=1e3 * ours.p80,
+        samples=ours.samples,
+        torch_module=torch_module,
+        torch_median_ms=1e3 * theirs.median,
+        torch_p20_ms=1e3 * theirs.p20,
+        torch_p80_ms=1e3 * theirs.p80,
+        ratio=theirs.median / ours.median,
+        floor_ms=1e3 * floor,
+        floor_share=floor / ours.median,
+        first_call_ms=1e3 * first_call,
+        note="; ".join(filter(None, [*notes, noisy])),
+    )
 
 
 def append(path: Path, results: Iterable[Result]) -> None:

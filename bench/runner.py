@@ -1,7 +1,7 @@
 """Runs one workload: the first call, the check, then the clock; and says how far it is from the floor."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from . import check, flashrnn, timer
 from .cases import Case, Pair, build
 from .floor import floor_seconds
 from .machine import measure
-from .results import Result, environment
+from .results import Result, row
 from .workloads import Workload
 
 DTYPES = {
@@ -75,37 +75,18 @@ def run(job: Job) -> tuple[Result, fastrnn.Explanation | None]:
 
     mine = timings.pop("fastrnn")
     torch_module, theirs = min(timings.items(), key=lambda item: item[1].median)
-    if mine.noisy or theirs.noisy:
-        notes.append("noisy")
     backends = [layer.backend for layer in explanation.layers] if explanation else [job.backend]
-    floor = floor_seconds(workload, dtype, device, machine)
-    result = Result(
-        **asdict(environment(device)),
-        workload=workload.name,
-        cell=workload.cell,
-        mode=workload.mode,
-        input=workload.input,
-        hidden=workload.hidden,
-        layers=workload.layers,
-        bidirectional=workload.bidirectional,
-        batch=workload.batch,
-        time=workload.time,
-        padding=workload.variable,
-        dtype=job.dtype,
-        threads=job.threads,
+    result = row(
+        workload,
+        device,
+        job.dtype,
+        job.threads,
         backend="+".join(dict.fromkeys(backends)),
-        median_ms=1e3 * mine.median,
-        p20_ms=1e3 * mine.p20,
-        p80_ms=1e3 * mine.p80,
-        samples=mine.samples,
+        first_call=first_call,
+        ours=mine,
         torch_module=torch_module,
-        torch_median_ms=1e3 * theirs.median,
-        torch_p20_ms=1e3 * theirs.p20,
-        torch_p80_ms=1e3 * theirs.p80,
-        ratio=theirs.median / mine.median,
-        floor_ms=1e3 * floor,
-        floor_share=floor / mine.median,
-        first_call_ms=1e3 * first_call,
-        note="; ".join(filter(None, notes)),
+        theirs=theirs,
+        floor=floor_seconds(workload, dtype, device, machine),
+        notes=notes,
     )
     return result, explanation

@@ -105,7 +105,7 @@ def recurrence_kernels() -> ModuleType:
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Python's collector off: while Numba is imported, its looks at all of torch's objects take a third of the time."""
+    """Python's collector off: while Numba is imported, it would look at all of torch's objects over and over."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """Has a kernel's functions optimised and made machine code once, as one: the way Numba compiles what calls what.
 
-Numba compiles every jitted function for itself, down to machine code, and links the optimised LLVM code of what it calls
-into it: what is called over five levels is optimised six times, and five of six times machine code is made that nobody
-runs. Kernels are called by their address alone. So here a function's LLVM code waits, as Numba's lowering left it, until
+Numba compiles every jitted function for itself, down to machine code, and links its optimised LLVM code into those that
+call it: what is called over five levels is optimised six times, and nobody runs five of the six pieces of machine code.
+Kernels are called by their address alone. So here a function's LLVM code waits, as Numba's lowering left it, until
 somebody asks for the address of a function in it.
 """
 
