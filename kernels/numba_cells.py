@@ -93,7 +93,7 @@ def tanh(x):
 
 
 @inline
-def rnn_tanh_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
+def rnn_tanh_forward(product, across, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     h = tanh(load(product, j, count) + load(gates_x, j, count))
     store(hidden, j, count, h)
     if save:
@@ -107,7 +107,7 @@ def rnn_tanh_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, co
 
 
 @inline
-def rnn_relu_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
+def rnn_relu_forward(product, across, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     h = at_least(load(product, j, count) + load(gates_x, j, count), 0.0)
     store(hidden, j, count, h)
     if save:
@@ -120,10 +120,10 @@ def rnn_relu_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, co
 
 
 @inline
-def gru_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
+def gru_forward(product, across, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     r = sigmoid(load(product, j, count) + load(gates_x, j, count))
-    z = sigmoid(load(product, size + j, count) + load(gates_x, size + j, count))
-    hn = load(product, 2 * size + j, count) + load(bias_hn, j, count)
+    z = sigmoid(load(product, across + j, count) + load(gates_x, size + j, count))
+    hn = load(product, 2 * across + j, count) + load(bias_hn, j, count)
     n = tanh(load(gates_x, 2 * size + j, count) + r * hn)
     store(hidden, j, count, (1.0 - z) * n + z * load(hidden_prev, j, count))
     if save:
@@ -151,11 +151,11 @@ def gru_backward(gates, hidden_prev, cell_prev, dh, dc, dgates, size, j, count):
 
 
 @inline
-def lstm_forward(product, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
+def lstm_forward(product, across, gates_x, bias_hn, hidden_prev, hidden, cell, gates, size, j, count, save):
     i = sigmoid(load(product, j, count) + load(gates_x, j, count))
-    f = sigmoid(load(product, size + j, count) + load(gates_x, size + j, count))
-    g = tanh(load(product, 2 * size + j, count) + load(gates_x, 2 * size + j, count))
-    o = sigmoid(load(product, 3 * size + j, count) + load(gates_x, 3 * size + j, count))
+    f = sigmoid(load(product, across + j, count) + load(gates_x, size + j, count))
+    g = tanh(load(product, 2 * across + j, count) + load(gates_x, 2 * size + j, count))
+    o = sigmoid(load(product, 3 * across + j, count) + load(gates_x, 3 * size + j, count))
     c = f * load(cell, j, count) + i * g
     store(cell, j, count, c)
     store(hidden, j, count, o * tanh(c))

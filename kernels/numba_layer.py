@@ -27,14 +27,17 @@ from .numba_pairs import HAS_PAIRS, PAIR_ROWS
 from .numba_scan import LAYOUTS, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, checksum, jit, lanes, load, named_jit, store
 from .numba_team import BARRIER, PACKING, PARTS_TAKEN, TICKET, leave, take, team_size, wait_for
-from .numba_tile import WIDE, neighbour_vectors, operands_of
+from .numba_tile import DEPTH_BLOCK, WIDE, neighbour_vectors, operands_of
 
 # Up to so many rows (time steps x sequences) the weights are used as they lie: packing them costs more than it gains.
 FEW_ROWS = 16
 # Multiply-adds that make another thread worth its start (a few microseconds).
 WORK_PER_THREAD = 100_000
-# Bytes of gates that one block of rows, and one block of time steps, may take: shares of the L2 cache. But a block of
-# time steps has so many rows at least: for fewer, reading the projection's weights takes longer than the products.
+# Sequences that go through a step side by side, at most: the more, the fewer times its weights are read.
+BLOCK_ROWS = PAIR_ROWS
+# Bytes of these rows' gates of a block of units, of a block of their depth in the backward product, and of the gates in
+# a block of time steps: shares of the L2 cache. But a block of time steps has so many rows at least: for fewer, reading
+# the projection's weights takes longer than the products.
 BLOCK_BYTES, PROJECTION_BYTES, PROJECTION_ROWS = 192 << 10, 256 << 10, 96
 
 
@@ -353,7 +356,12 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     if not backward:  # threads without a part of their own are of use in the products of the backward pass only
         threads = min(threads, len(parts) * members)
     part_rows = max(end - first for _, _, first, end in parts)
-    block_rows = min(max(6, min(96, BLOCK_BYTES // (gate_size * itemsize) // 6 * 6)), part_rows)
+    blocks = -(-part_rows // BLOCK_ROWS)
+    block_rows = min(-(-part_rows // (6 * blocks)) * 6, part_rows)
+    panel_units = layout.panel_vectors * lanes
+    block_units = max(1, BLOCK_BYTES // (block_rows * layout.gates * panel_units * itemsize)) * panel_units
+    block_units = min(block_units, -(-size // panel_units) * panel_units)
+    block_depth = max(1, BLOCK_BYTES // (block_rows * itemsize * DEPTH_BLOCK)) * DEPTH_BLOCK
     projected_rows = max(PROJECTION_ROWS, PROJECTION_BYTES // (gate_size * itemsize))
     block_steps = max(1, min(sizes.steps, projected_rows // part_rows))
     packed = sizes.rows > FEW_ROWS
@@ -362,7 +370,9 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     values = [0] * table
     values.extend(itertools.chain.from_iterable(parts))
     values[field.PARTS], values[field.MEMBERS], values[field.PART_TABLE] = len(parts), members, table
-    values[field.BLOCK_ROWS], values[field.BLOCK_STEPS], values[field.PACKED] = block_rows, block_steps, packed
+    values[field.BLOCK_ROWS], values[field.BLOCK_UNITS] = block_rows, block_units
+    values[field.BLOCK_STEPS], values[field.BLOCK_DEPTH] = block_steps, block_depth
+    values[field.PACKED] = packed
     values[field.STEPS], values[field.ROWS], values[field.BATCH] = sizes.steps, sizes.rows, batch
     values[field.DIRECTIONS], values[field.SOURCES] = directions, sizes.sources
     values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = input_size, size, state_size
@@ -391,7 +401,9 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
             field.PANELS_HR: deep(state_size) * up(size) if sizes.projected else 0,
         }
     else:
-        scratch = block_rows * (gate_size + size) + (0 if sizes.needed else block_steps * part_rows * gate_size)
+        scratch = block_rows * (layout.gates * block_units + size) + (
+            0 if sizes.needed else block_steps * part_rows * gate_size
+        )
         regions = {field.BIAS: directions * gate_size, field.BIAS_HN: directions * size if sizes.cell == "gru" else 0}
         line = -(-size // (layout.panel_vectors * lanes)) * layout.vectors * lanes
         panels = {

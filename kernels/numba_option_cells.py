@@ -329,9 +329,9 @@ def make_forward_step(cell: str, reset_after: bool, norm: bool, jit):
             vector = lanes(product)
             full = size - size % vector
             for j in range(0, full, vector):
-                step_forward(product, gates_x, bias_hn, old, new, cell, gates, size, j, vector, save)
+                step_forward(product, size, gates_x, bias_hn, old, new, cell, gates, size, j, vector, save)
             if full < size:
-                step_forward(product, gates_x, bias_hn, old, new, cell, gates, size, full, size - full, save)
+                step_forward(product, size, gates_x, bias_hn, old, new, cell, gates, size, full, size - full, save)
 
         return step
 

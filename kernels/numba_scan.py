@@ -151,9 +151,23 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
 
     @jit
     def gate_product(
-        call, pairs, a, a_stride, rows, panels, weight, depth, first_panel, end_panel, out, out_stride, addend, add
+        call,
+        pairs,
+        a,
+        a_stride,
+        rows,
+        panels,
+        weight,
+        depth,
+        first_panel,
+        end_panel,
+        out,
+        out_stride,
+        across,
+        addend,
+        add,
     ):
-        """Products with the gates' weights, for the units of some panels: out[r, gate * size + unit]."""
+        """Products with the gates' weights, for the units of some panels: out[r, gate * across + unit]."""
         size, vector = call[field.HIDDEN_SIZE], lanes(out)
         units = panel_vectors * vector
         if paired or call[field.PACKED] != 0:
@@ -167,7 +181,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     target = advance(out, begin * out_stride + unit)
                     if gate_count > 1:
                         multiply_gates(
-                            *(block, stride, 1, count, lines, deep, target, out_stride, size, size - unit, 0),
+                            *(block, stride, 1, count, lines, deep, target, out_stride, across, size - unit, 0),
                             *(advance(addend, unit), 0, add),
                         )
                     else:
@@ -182,7 +196,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                 column = gate * size + unit
                 multiply_rows(
                     *(a, a_stride, rows, advance(weight, column * depth), depth, count),
-                    *(advance(out, column), out_stride, advance(addend, column), add),
+                    *(advance(out, gate * across + unit), out_stride, advance(addend, column), add),
                 )
 
     @jit
@@ -228,14 +242,18 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
         hidden_prev, cell_prev = as_pointer(call[field.HIDDEN_PREV], zero), as_pointer(call[field.CELL_PREV], zero)
         cells = as_pointer(call[field.CELLS], zero)
         state_stride = directions * state_size
-        # scratch: the product of a block of rows, their hidden state before its projection, the projections of x, and
-        # rows in pairs
+        # scratch: the product of a block of rows and units, the rows' new hidden state where it may not yet take the
+        # place of the old one or is to be projected, the projections of x, and rows in pairs
         scratch = (part * members + member) * call[field.SCRATCH_SIZE]
         product = advance(as_pointer(call[field.SCRATCH], zero), scratch)
         pairs = as_pointer(call[field.SCRATCH], packed)
         pairs = advance(pairs, scratch + call[field.SCRATCH_SIZE] - call[field.PAIRS_SIZE])
-        unprojected = advance(product, call[field.BLOCK_ROWS] * gate_size)
-        block_gates_x = advance(unprojected, call[field.BLOCK_ROWS] * size)
+        block_units = call[field.BLOCK_UNITS]
+        product_size, block_panels = gate_count * block_units, block_units // (panel_vectors * vector)
+        new_rows = advance(product, call[field.BLOCK_ROWS] * product_size)
+        block_gates_x = advance(new_rows, call[field.BLOCK_ROWS] * size)
+        # the old state is read once more for every block of units
+        aside = projected or (members == 1 and panels > block_panels)
 
         full = end_unit - (end_unit - first_unit) % vector
         barrier, arrivals = field.PART_BARRIERS + 8 * part, types.int64(0)
@@ -259,7 +277,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                 # the rows of all steps follow each other
                 gate_product(
                     *(call, pairs, advance(x, start * x_stride), x_stride, block_steps * batch),
-                    *(panels_ih, weight_ih, input_size, first_panel, end_panel, gates_x, slot_stride, bias, True),
+                    *(panels_ih, weight_ih, input_size, first_panel, end_panel, gates_x, slot_stride, size, bias, True),
                 )
             elif dense and block_steps > part_rows:
                 # full tiles of time steps, one sequence after the other
@@ -267,7 +285,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     gate_product(
                         *(call, pairs, advance(x, (start + first + row) * x_stride), batch * x_stride, block_steps),
                         *(panels_ih, weight_ih, input_size, first_panel, end_panel),
-                        *(advance(gates_x, row * slot_stride), slot * slot_stride, bias, True),
+                        *(advance(gates_x, row * slot_stride), slot * slot_stride, size, bias, True),
                     )
             else:
                 source, target = advance(x, (start + first) * x_stride), gates_x
@@ -275,7 +293,8 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     running = rows_at(call, time)
                     gate_product(
                         *(call, pairs, source, x_stride, min(end, running) - first),
-                        *(panels_ih, weight_ih, input_size, first_panel, end_panel, target, slot_stride, bias, True),
+                        *(panels_ih, weight_ih, input_size, first_panel, end_panel),
+                        *(target, slot_stride, size, bias, True),
                     )
                     source = advance(source, running * x_stride)
                     target = advance(target, (running if save else part_rows) * slot_stride)
@@ -294,10 +313,6 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     rows = min(call[field.BLOCK_ROWS], stop - block)
                     entry = (offset + block) * directions + direction
                     block_old, block_new = advance(old, block * state_size), advance(new, block * state_size)
-                    gate_product(
-                        *(call, pairs, block_old, state_size, rows, panels_hh, weight_hh, state_size),
-                        *(first_panel, end_panel, product, gate_size, product, False),
-                    )
                     if save:
                         copy_rows(
                             *(advance(block_old, first_state), state_size),
@@ -309,27 +324,40 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                                 *(advance(cell_prev, entry * size + first_unit), directions * size),
                                 *(rows, end_unit - first_unit),
                             )
-                    for row in range(rows):
-                        row_gates = advance(gates, (entry + row * directions) * saved_size)
-                        row_gates_x = row_gates
-                        if not save:
-                            slot_row = (time - earliest) * part_rows + block - first + row
-                            row_gates_x = advance(block_gates_x, slot_row * gate_size)
-                        row_product = advance(product, row * gate_size)
-                        row_old = advance(block_old, row * state_size)
-                        row_new = advance(unprojected, row * size) if projected else advance(block_new, row * size)
-                        row_cell = advance(cell, (block + row) * size)
-                        for j in range(first_unit, full, vector):
-                            step_forward(
-                                *(row_product, row_gates_x, bias_hn, row_old, row_new, row_cell, row_gates),
-                                *(size, j, vector, save),
-                            )
-                        if full < end_unit:
-                            step_forward(
-                                *(row_product, row_gates_x, bias_hn, row_old, row_new, row_cell, row_gates),
-                                *(size, full, end_unit - full, save),
-                            )
-                    project(call, pairs, unprojected, rows, panels_hr, weight_hr, block_new)
+                    for panel in range(first_panel, end_panel, block_panels):
+                        unit = panel * panel_vectors * vector
+                        end_block = min(end_unit, unit + block_units)
+                        # product[r, gate * block_units + unit], from this block's first unit on
+                        block_product = advance(product, -unit)
+                        gate_product(
+                            *(call, pairs, block_old, state_size, rows, panels_hh, weight_hh, state_size),
+                            *(panel, min(end_panel, panel + block_panels)),
+                            *(block_product, product_size, block_units, block_product, False),
+                        )
+                        for row in range(rows):
+                            row_gates = advance(gates, (entry + row * directions) * saved_size)
+                            row_gates_x = row_gates
+                            if not save:
+                                slot_row = (time - earliest) * part_rows + block - first + row
+                                row_gates_x = advance(block_gates_x, slot_row * gate_size)
+                            row_product = advance(block_product, row * product_size)
+                            row_old = advance(block_old, row * state_size)
+                            row_new = advance(new_rows if aside else block_new, row * size)
+                            row_cell = advance(cell, (block + row) * size)
+                            for j in range(unit, min(full, end_block), vector):
+                                step_forward(
+                                    *(row_product, block_units, row_gates_x, bias_hn, row_old, row_new, row_cell),
+                                    *(row_gates, size, j, vector, save),
+                                )
+                            if full < end_block:
+                                step_forward(
+                                    *(row_product, block_units, row_gates_x, bias_hn, row_old, row_new, row_cell),
+                                    *(row_gates, size, full, end_block - full, save),
+                                )
+                    if projected:
+                        project(call, pairs, new_rows, rows, panels_hr, weight_hr, block_new)
+                    elif aside:
+                        copy_rows(new_rows, size, block_new, size, rows, size)
                     copy_rows(
                         *(advance(block_new, first_state), state_size),
                         *(advance(output, entry * state_size + first_state), state_stride, rows, states),
@@ -378,15 +406,17 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
             source, add = advance(dgates, gate_size if side else 0), two_sided or side > 0
             if paired or call[field.PACKED] != 0:
                 source, source_stride, deep = operand(source, stride, rows, depth, pairs)
-                for panel in range(first_panel, end_panel):
-                    column = panel * wide
-                    target, columns = advance(out, column), state_size - column
-                    line = neighbour_vectors(columns, vector) * vector
-                    lines = advance(panels, column * depth_of(gate_size) + depth_of(first) * line)
-                    multiply_neighbours(
-                        *(source, source_stride, 1, rows, lines, deep, target, state_size, columns),
-                        *(target, state_size, add),
-                    )
+                for begin in range(0, deep, call[field.BLOCK_DEPTH]):
+                    count, adding = min(call[field.BLOCK_DEPTH], deep - begin), add or begin > 0
+                    for panel in range(first_panel, end_panel):
+                        column = panel * wide
+                        target, columns = advance(out, column), state_size - column
+                        line = neighbour_vectors(columns, vector) * vector
+                        lines = advance(panels, column * depth_of(gate_size) + (depth_of(first) + begin) * line)
+                        multiply_neighbours(
+                            *(advance(source, begin), source_stride, 1, rows, lines, count, target, state_size),
+                            *(columns, target, state_size, adding),
+                        )
             else:
                 column = first_panel * wide
                 target = advance(out, column)
