@@ -10,12 +10,13 @@ from .numba_team import FIRST_FIELD
 # the last PAIRS_SIZE values are for rows in pairs. The part table stands in the call itself, behind the barriers.
 (PARTS, MEMBERS, PART_TABLE, SCRATCH, SCRATCH_SIZE, PAIRS_SIZE, PACKED) = range(FIRST_FIELD, FIRST_FIELD + 7)
 
-# Rows, hidden units, time steps and depth of a product that are worked on at a time, so that all of it stays in cache.
+# Rows, hidden units, time steps and depth of a product that are worked on at a time, so that all of it stays in cache;
+# AHEAD: whether the weights do not, and are asked for before they are needed.
 _next = FIRST_FIELD + 7
-(BLOCK_ROWS, BLOCK_UNITS, BLOCK_STEPS, BLOCK_DEPTH) = range(_next, _next + 4)
+(BLOCK_ROWS, BLOCK_UNITS, BLOCK_STEPS, BLOCK_DEPTH, AHEAD) = range(_next, _next + 5)
 
 # CHECKSUMS: of the weights in each panel, int64, where panels are kept from call to call; 0: they are not.
-_next += 4
+_next += 5
 CHECKSUMS = _next
 _next += 1
 (STEPS, ROWS, BATCH, BATCH_SIZES, RESETS, DIRECTIONS, SOURCES, EXAMPLES, INPUT_SIZE, HIDDEN_SIZE, STATE_SIZE) = range(

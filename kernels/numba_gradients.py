@@ -93,7 +93,7 @@ def _make_weight_rows(operands: Operands, jit):
                     target = advance(out, n * depth + k)
                     multiply_neighbours(
                         *(advance(packed, n * deep), 1, vector, min(vector, rows - n), panel, deep),
-                        *(target, depth, left, target, depth, add),
+                        *(target, depth, left, target, depth, add, False),
                     )
 
     return weight_rows
@@ -162,7 +162,7 @@ def make_products(layout: Layout, operands: Operands, factors: Factors, jit):
                     target = advance(dx, panel * wide)
                     multiply_neighbours(
                         *(block, block_stride, 1, rows, lines, deep),
-                        *(target, stride, input_size - panel * wide, target, stride, add),
+                        *(target, stride, input_size - panel * wide, target, stride, add, call[field.AHEAD] != 0),
                     )
             else:
                 multiply_lines(

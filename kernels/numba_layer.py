@@ -39,6 +39,8 @@ BLOCK_ROWS = PAIR_ROWS
 # a block of time steps: shares of the L2 cache. But a block of time steps has so many rows at least: for fewer, reading
 # the projection's weights takes longer than the products.
 BLOCK_BYTES, PROJECTION_BYTES, PROJECTION_ROWS = 192 << 10, 256 << 10, 96
+# Recurrent weights of more bytes are asked for before they are needed. It costs a little where they are near anyway.
+AHEAD_BYTES = 8 << 20
 
 
 @jit
@@ -372,7 +374,7 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     values[field.PARTS], values[field.MEMBERS], values[field.PART_TABLE] = len(parts), members, table
     values[field.BLOCK_ROWS], values[field.BLOCK_UNITS] = block_rows, block_units
     values[field.BLOCK_STEPS], values[field.BLOCK_DEPTH] = block_steps, block_depth
-    values[field.PACKED] = packed
+    values[field.AHEAD], values[field.PACKED] = weights * operand_bytes > AHEAD_BYTES, packed
     values[field.STEPS], values[field.ROWS], values[field.BATCH] = sizes.steps, sizes.rows, batch
     values[field.DIRECTIONS], values[field.SOURCES] = directions, sizes.sources
     values[field.INPUT_SIZE], values[field.HIDDEN_SIZE], values[field.STATE_SIZE] = input_size, size, state_size

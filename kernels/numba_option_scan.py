@@ -47,7 +47,7 @@ def multiply(a, a_stride, rows, panels, depth, columns, out, out_stride, addend,
     for column in range(0, columns, wide):
         multiply_neighbours(
             *(a, a_stride, 1, rows, advance(panels, column * depth), depth),
-            *(advance(out, column), out_stride, columns - column, advance(addend, column), 0, add),
+            *(advance(out, column), out_stride, columns - column, advance(addend, column), 0, add, False),
         )
 
 
@@ -58,7 +58,9 @@ def multiply_back(a, a_stride, rows, panels, first, depth, all_depth, columns, o
     for column in range(0, columns, WIDE * vector):
         target, left = advance(out, column), columns - column
         lines = advance(panels, column * all_depth + first * neighbour_vectors(left, vector) * vector)
-        multiply_neighbours(a, a_stride, 1, rows, lines, depth, target, out_stride, left, target, out_stride, add)
+        multiply_neighbours(
+            a, a_stride, 1, rows, lines, depth, target, out_stride, left, target, out_stride, add, False
+        )
 
 
 def make_forward_packing(cell: str, reset_after: bool, zero, jit):

@@ -133,7 +133,7 @@ def _make_projection(projected: bool, operands: Operands, jit):
             for column in range(0, state_size, WIDE * lanes(hidden)):
                 multiply_neighbours(
                     *(source, stride, 1, rows, advance(panels_hr, column * depth), depth),
-                    *(advance(hidden, column), state_size, state_size - column, unprojected, 0, False),
+                    *(advance(hidden, column), state_size, state_size - column, unprojected, 0, False, False),
                 )
         else:
             multiply_rows(unprojected, size, rows, weight_hr, size, state_size, hidden, state_size, unprojected, False)
@@ -168,7 +168,7 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
         add,
     ):
         """Products with the gates' weights, for the units of some panels: out[r, gate * across + unit]."""
-        size, vector = call[field.HIDDEN_SIZE], lanes(out)
+        size, vector, ahead = call[field.HIDDEN_SIZE], lanes(out), call[field.AHEAD] != 0
         units = panel_vectors * vector
         if paired or call[field.PACKED] != 0:
             at_once = PAIR_ROWS if paired else max(rows, 1)
@@ -182,12 +182,12 @@ def make_forward_part(layout: Layout, step_forward, projected: bool, operands: O
                     if gate_count > 1:
                         multiply_gates(
                             *(block, stride, 1, count, lines, deep, target, out_stride, across, size - unit, 0),
-                            *(advance(addend, unit), 0, add),
+                            *(advance(addend, unit), 0, add, ahead),
                         )
                     else:
                         multiply_neighbours(
                             *(block, stride, 1, count, lines, deep, target, out_stride, size - unit),
-                            *(advance(addend, unit), 0, add),
+                            *(advance(addend, unit), 0, add, ahead),
                         )
         else:
             unit = first_panel * units
@@ -415,7 +415,7 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
                         lines = advance(panels, column * depth_of(gate_size) + (depth_of(first) + begin) * line)
                         multiply_neighbours(
                             *(advance(source, begin), source_stride, 1, rows, lines, count, target, state_size),
-                            *(columns, target, state_size, adding),
+                            *(columns, target, state_size, adding, call[field.AHEAD] != 0),
                         )
             else:
                 column = first_panel * wide
@@ -497,7 +497,7 @@ def make_backward_part(layout: Layout, step_backward, operands: Operands, jit):
                             target = advance(d_unprojected, column)
                             multiply_neighbours(
                                 *(source, stride, 1, rows, advance(panels_hr, column * deep), deep),
-                                *(target, size, size - column, target, size, False),
+                                *(target, size, size - column, target, size, False, False),
                             )
                     else:
                         multiply_lines(

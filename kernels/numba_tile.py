@@ -45,6 +45,8 @@ WIDE = 4 if MANY_REGISTERS else 2
 # Longer sums are made of parts of this length: one float32 sum over a thousand products had 2.5 times torch's error. It
 # also keeps a panel of one part in the L2 cache.
 DEPTH_BLOCK = 256
+# What a tile asks for of the next weights while it goes through a line of its own.
+FETCHED_BYTES, CACHE_LINE = 128, 64
 
 
 @intrinsic(prefer_literal=True)
@@ -59,6 +61,8 @@ def _tile(
     panel,
     line_size,
     depth,
+    ahead,
+    ahead_step,
     out,
     out_stride,
     vector_stride,
@@ -73,7 +77,8 @@ def _tile(
     ``weight_k`` is the value at ``panel[k * line_size + v * lanes + lane]``. Vector v has ``columns - v *
     column_step`` columns, as far as lanes go. With ``add`` the value at ``addend``, laid out as ``out`` but for the
     stride of its rows, is added. ``rows``, ``vectors`` and ``packed`` are literals. Packed panels may be read beyond
-    ``columns``, others may not. If ``a`` and a packed panel are pairs of bfloat16, k counts pairs, and out is float32.
+    ``columns``, others may not. With a packed panel FETCHED_BYTES from ``ahead[k * ahead_step]`` on are asked for. If
+    ``a`` and a packed panel are pairs of bfloat16, k counts pairs, and out is float32.
     """
     literals = isinstance(rows, types.IntegerLiteral) and isinstance(vectors, types.IntegerLiteral)
     if not literals or not isinstance(packed, types.BooleanLiteral):
@@ -88,8 +93,8 @@ def _tile(
     index = ir.IntType(64)
 
     def codegen(context, builder, sig, args):
-        a, a_stride, a_step, panel, line_size, depth, out, out_stride, vector_stride = args[3:12]
-        columns, column_step, addend, addend_stride, add = args[12:]
+        a, a_stride, a_step, panel, line_size, depth, ahead, ahead_step = args[3:11]
+        out, out_stride, vector_stride, columns, column_step, addend, addend_stride, add = args[11:]
         a_rows, out_rows, addend_rows = (
             [builder.gep(pointer, [builder.mul(stride, index(r))]) for r in range(row_count)]
             for pointer, stride in ((a, a_stride), (out, out_stride), (addend, addend_stride))
@@ -104,9 +109,9 @@ def _tile(
         after = builder.append_basic_block("tile.done")
         builder.branch(loop)
         builder.position_at_end(loop)
-        k, a_offset, line_offset = builder.phi(index), builder.phi(index), builder.phi(index)
+        k, a_offset, line_offset, ahead_offset = (builder.phi(index) for _ in range(4))
         sums = [builder.phi(vector) for _ in spots]
-        for counter in (k, a_offset, line_offset):
+        for counter in (k, a_offset, line_offset, ahead_offset):
             counter.add_incoming(index(0), before_loop)
         for total in sums:
             total.add_incoming(zero, before_loop)
@@ -119,6 +124,9 @@ def _tile(
                 weights.append(builder.load(builder.bitcast(spot, operand.as_pointer()), align=alignment))
             else:
                 weights.append(masked_load(builder, vector, spot, masks[v]))
+        if packed.literal_value:
+            for offset in range(0, FETCHED_BYTES, CACHE_LINE):
+                prefetch(builder, builder.gep(ahead, [builder.add(ahead_offset, index(offset // alignment))]))
         activations = [broadcast(builder, builder.load(builder.gep(row, [a_offset])), lane_count) for row in a_rows]
         updated = [
             multiply_add(builder, activations[r], weights[v], total) for (r, v), total in zip(spots, sums, strict=True)
@@ -127,6 +135,7 @@ def _tile(
         k.add_incoming(following, loop)
         a_offset.add_incoming(builder.add(a_offset, a_step), loop)
         line_offset.add_incoming(builder.add(line_offset, line_size), loop)
+        ahead_offset.add_incoming(builder.add(ahead_offset, ahead_step), loop)
         for total, update in zip(sums, updated, strict=True):
             total.add_incoming(update, loop)
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
@@ -154,7 +163,7 @@ def _tile(
         return context.get_dummy_value()
 
     i64 = types.int64
-    panel_arguments = (a, i64, i64, panel, i64, i64)
+    panel_arguments = (a, i64, i64, panel, i64, i64, panel, i64)
     out_arguments = (out, i64, i64, i64, i64, addend, i64, types.boolean)
     return types.void(rows, vectors, packed, *panel_arguments, *out_arguments), codegen
 
@@ -297,18 +306,38 @@ def _make_multiply(vectors: int):
 
     @named_jit(f"{vectors}_vectors")
     def multiply(
-        a, a_stride, a_step, rows, panel, depth, out, out_stride, vector_stride, columns, column_step, addend, by, add
+        a,
+        a_stride,
+        a_step,
+        rows,
+        panel,
+        depth,
+        out,
+        out_stride,
+        vector_stride,
+        columns,
+        column_step,
+        addend,
+        by,
+        add,
+        ask_ahead,
     ):
         """``out[r, c] = sum_k a[r, k] * panel[k, c] (+ addend[r, c])`` for all rows of one panel.
 
         ``a[r, k]`` is at ``r * a_stride + k * a_step``; the rows of ``addend`` are ``by`` apart (0: one row for all).
+        With ``ask_ahead`` the tiles share out among them to ask for what lies behind the block of weights that they
+        read: the panel's next block, or the next panel. The processor itself would begin to look when it is needed.
         """
-        line = vectors * lanes(a)
+        line, share = vectors * lanes(a), lanes(a) * FETCHED_BYTES // VECTOR_BYTES
         for begin in range(0, depth, DEPTH_BLOCK):
             count = min(DEPTH_BLOCK, depth - begin)
             block = advance(panel, begin * line)
-            row = 0
+            ahead, asked, row = advance(block, count * line), 0, 0
             while row < rows:
+                # else they ask for one line, which they have, over and over
+                ahead_step = share if ask_ahead and asked < line else 0
+                if ahead_step == 0:
+                    ahead = block
                 a_row = advance(a, row * a_stride + begin * a_step)
                 out_row, addend_row = advance(out, row * out_stride), advance(addend, row * by)
                 left = rows - row
@@ -323,6 +352,8 @@ def _make_multiply(vectors: int):
                         block,
                         line,
                         count,
+                        ahead,
+                        ahead_step,
                         out_row,
                         out_stride,
                         vector_stride,
@@ -344,6 +375,8 @@ def _make_multiply(vectors: int):
                         block,
                         line,
                         count,
+                        ahead,
+                        ahead_step,
                         out_row,
                         out_stride,
                         vector_stride,
@@ -365,6 +398,8 @@ def _make_multiply(vectors: int):
                         block,
                         line,
                         count,
+                        ahead,
+                        ahead_step,
                         out_row,
                         out_stride,
                         vector_stride,
@@ -386,6 +421,8 @@ def _make_multiply(vectors: int):
                         block,
                         line,
                         count,
+                        ahead,
+                        ahead_step,
                         out_row,
                         out_stride,
                         vector_stride,
@@ -396,6 +433,8 @@ def _make_multiply(vectors: int):
                         add,
                     )
                     row += 1
+                asked += ahead_step
+                ahead = advance(ahead, count * ahead_step)
             addend, by, add = out, out_stride, True
 
     return multiply
@@ -412,18 +451,64 @@ def neighbour_vectors(columns, vector):
 
 
 @jit
-def multiply_neighbours(a, a_stride, a_step, rows, panel, depth, out, out_stride, columns, addend, by, add):
+def multiply_neighbours(a, a_stride, a_step, rows, panel, depth, out, out_stride, columns, addend, by, add, ask_ahead):
     """``multiply`` for a panel of neighbouring columns, where ``columns`` are left to the end of the matrix."""
     vector = lanes(a)
     vectors = neighbour_vectors(columns, vector)
     if vectors == WIDE:
         _multiply_wide(
-            a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add
+            a,
+            a_stride,
+            a_step,
+            rows,
+            panel,
+            depth,
+            out,
+            out_stride,
+            vector,
+            columns,
+            vector,
+            addend,
+            by,
+            add,
+            ask_ahead,
         )
     elif vectors == 2:
-        _multiply_2(a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add)
+        _multiply_2(
+            a,
+            a_stride,
+            a_step,
+            rows,
+            panel,
+            depth,
+            out,
+            out_stride,
+            vector,
+            columns,
+            vector,
+            addend,
+            by,
+            add,
+            ask_ahead,
+        )
     else:
-        _multiply_1(a, a_stride, a_step, rows, panel, depth, out, out_stride, vector, columns, vector, addend, by, add)
+        _multiply_1(
+            a,
+            a_stride,
+            a_step,
+            rows,
+            panel,
+            depth,
+            out,
+            out_stride,
+            vector,
+            columns,
+            vector,
+            addend,
+            by,
+            add,
+            ask_ahead,
+        )
 
 
 @jit
@@ -473,6 +558,8 @@ def multiply_lines(a, a_stride, rows, weight, line, depth, columns, out, out_str
                     lines,
                     line,
                     count,
+                    lines,
+                    0,
                     out_row,
                     out_stride,
                     vector,
