@@ -71,7 +71,7 @@ class Stream:
         """
         if not self._is_prepared(x) and not self._prepare(x):
             return self._step_of_module(x, out)
-        like = self._likes[x.dim()]
+        like = self._likes[x.shape]
         if out is None:
             out = empty_like(like)
         else:
@@ -159,9 +159,7 @@ class Stream:
         """Whether the fast path was prepared for such an x and for all as it is now: what every step has to ask."""
         if self._last is None or type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return False
-        if x.dim() not in self._likes or x.size(-1) != self._input_size or x.numel() != self._numel:
-            return False
-        if not x.is_contiguous() or x.is_neg():
+        if x.shape not in self._likes or not x.is_contiguous() or x.is_neg():
             return False
         parameters = self._parameters
         for name, pointer, count in self._pointers:
@@ -215,8 +213,11 @@ class Stream:
         ]
         buffers = [torch.empty(batch, size, dtype=dtype, device="cpu") for _ in steps]
         *self._inner, (self._last, like) = zip(steps, buffers, strict=True)
-        self._likes = {2: like, 1: like[0]} if batch == 1 else {2: like}
-        self._dtype, self._numel, self._input_size = dtype, batch * module.input_size, module.input_size
+        # what a result is like, by the shapes that x may have
+        self._likes = {(batch, module.input_size): like}
+        if batch == 1:
+            self._likes[(module.input_size,)] = like[0]
+        self._dtype = dtype
         self._parameters = module._parameters
         self._pointers = [(name, weight.data_ptr(), weight.numel()) for name, weight in weights.items()]
         self._threads, self._backend = get_num_threads(), choice.name

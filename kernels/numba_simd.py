@@ -106,13 +106,13 @@ def fused_multiply_add(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
-def prefetch(builder, pointer):
-    """Emit a request to bring the cache line at ``pointer`` into the L2 cache; a wrong address does no harm."""
+def prefetch(builder, pointer, level=2):
+    """Emit a request to bring the cache line at ``pointer`` into a cache; a wrong address does no harm."""
     pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     number = ir.IntType(32)
     function_type = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [pointer, number(0), number(2), number(1)])  # to read, level 2, data
+    builder.call(function, [pointer, number(0), number(4 - level), number(1)])  # to read, how near, data
 
 
 def _scalar_bytes(vector_type):

@@ -172,6 +172,8 @@ def _tile(
 DOT_ROWS = 4 if VECTOR_BYTES >= 32 else 2
 # Lines of weights that are read side by side: the processor follows so few by itself.
 DOT_COLUMNS = 4 if VECTOR_BYTES >= 32 else 1
+# Lines of so many weights are asked for in the L1 cache: longer ones come from further away, and take its whole room.
+SHORT = 256
 
 
 def _sums_of_lanes(builder, vectors):
@@ -217,6 +219,7 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
         has_rest = builder.icmp_signed("<", full, depth)
         group_columns = min(DOT_COLUMNS, column_count)
         zeros = [ir.Constant(vector, None)] * (row_count * group_columns)
+        is_short = builder.icmp_signed("<=", depth, index(SHORT))
 
         def group_products(first):
             """Vectors of partial sums of a few columns, row by row: more at once are too many streams to read."""
@@ -253,17 +256,21 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
 
             # the next columns: a line is too short for the processor to see where it leads
             ahead = builder.add(k, builder.mul(depth, index(group_columns)))
-            for line in lines:
-                prefetch(builder, builder.gep(line, [ahead]))
+            with builder.if_else(is_short) as (short, long):
+                for level, branch in ((1, short), (2, long)):
+                    with branch:
+                        for line in lines:
+                            prefetch(builder, builder.gep(line, [ahead]), level)
+            end_of_loop = builder.block
             updated = products(whole, sums)
             following = builder.add(k, index(lane_count))
-            k.add_incoming(following, loop)
+            k.add_incoming(following, end_of_loop)
             for total, update in zip(sums, updated, strict=True):
-                total.add_incoming(update, loop)
+                total.add_incoming(update, end_of_loop)
             builder.cbranch(builder.icmp_signed("<", following, full), loop, after)
 
             builder.position_at_end(after)
-            totals = merged((zeros, start), (updated, loop))
+            totals = merged((zeros, start), (updated, end_of_loop))
             builder.cbranch(has_rest, rest, done)
             builder.position_at_end(rest)
             completed = products(
