@@ -198,23 +198,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def run(address: int, call: Sequence[int], threads: int) -> None:
-    """Run the kernel at ``address`` on the values of ``call`` with up to ``threads`` threads, without the GIL."""
-    start, _values = prepare_run(address, call, threads)
-    start()
+def new_call(values: Sequence[int]) -> ctypes.Array:
+    """An array of int64 that a kernel can be called with."""
+    return _array_type(len(values))(*values)
 
 
-def prepare_run(address: int, call: Sequence[int], threads: int) -> tuple[Callable[[], None], ctypes.Array]:
-    """A function that does what ``run`` does, and the values that it passes.
+def copy_of(call: ctypes.Array) -> ctypes.Array:
+    """The same call once more: a fraction of what it takes to make one of Python's numbers."""
+    return type(call).from_buffer_copy(call)
 
-    The values must be kept as long as the function is used, and may be changed between two runs.
-    """
-    values = _array_type(len(call))(*call)
-    pointer = ctypes.addressof(values)
+
+def run(address: int, call: ctypes.Array, threads: int) -> None:
+    """Run the kernel at ``address`` on ``call`` with up to ``threads`` threads, without the GIL."""
+    prepare_run(address, call, threads)()
+
+
+def prepare_run(address: int, call: ctypes.Array, threads: int) -> Callable[[], None]:
+    """A function that does what ``run`` does. The call must be kept as long as it is used; its values may change."""
+    pointer = ctypes.addressof(call)
     if threads > 1 and _openmp is not None and not _forked:
-        values[TEAM_SIZE], values[YIELD] = _openmp.team_size, _yield
-        return functools.partial(_openmp.parallel, address, pointer, threads, 0), values
-    return functools.partial(_function(address), pointer), values
+        call[TEAM_SIZE], call[YIELD] = _openmp.team_size, _yield
+        return functools.partial(_openmp.parallel, address, pointer, threads, 0)
+    return functools.partial(_function(address), pointer)
 
 
 _function = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))

@@ -22,7 +22,7 @@ from ..options import STEP_OPTIONS
 from . import numba_call as field
 from . import numba_gradients
 from .numba_cells import BACKWARD, FORWARD
-from .numba_compile import kernel_address, run, use_large_pages
+from .numba_compile import copy_of, kernel_address, new_call, run, use_large_pages
 from .numba_pairs import HAS_PAIRS, PAIR_ROWS
 from .numba_scan import LAYOUTS, make_backward_part, make_forward_part, panels_of
 from .numba_simd import VECTOR_BYTES, advance, as_pointer, checksum, jit, lanes, load, named_jit, store
@@ -300,7 +300,7 @@ def make_parts(batch: int, chunks: int, reverse, batch_sizes: Tensor | None) -> 
 class Plan(NamedTuple):
     """How a call of given sizes is run."""
 
-    values: tuple[int, ...]  # of the call, but for the addresses
+    call: ctypes.Array  # but for the addresses
     regions: tuple[tuple[int, int], ...]  # of scratch: the field that takes the address, and the offset in bytes
     scratch_bytes: int
     threads: int
@@ -426,7 +426,7 @@ def make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
             panels = {}
         else:
             kept = ((), 0)
-    return Plan(tuple(values), *places(regions | panels, itemsize), threads, members, *kept)
+    return Plan(new_call(values), *places(regions | panels, itemsize), threads, members, *kept)
 
 
 def places(counts: dict[int, int], itemsize: int) -> tuple[tuple[tuple[int, int], ...], int]:
@@ -497,6 +497,8 @@ def new_tensor(like: Tensor, *shape: int) -> Tensor:
 
 
 def copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype is dtype and not tensor.is_neg():
+        return tensor.clone(memory_format=torch.contiguous_format)  # what follows does it too, but takes longer
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -526,9 +528,13 @@ def can_run(call) -> str | None:
     return None
 
 
-def run_plan(plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None]) -> None:
-    """Run a kernel by its plan on arrays, given by the field that takes their address."""
-    call = list(plan.values)
+def run_plan(
+    plan: Plan, address_of_kernel: int, arrays: dict[int, Tensor | None], numbers: dict[int, int] | None = None
+) -> None:
+    """Run a kernel by its plan on arrays, given by the field that takes their address, and on more numbers."""
+    call = copy_of(plan.call)
+    for place, number in (numbers or {}).items():
+        call[place] = number
     for place, tensor in arrays.items():
         if tensor is not None:
             call[place] = tensor.data_ptr()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import zero_before_first_step
 from . import numba_call as field
-from .numba_compile import kernel_address
+from .numba_compile import kernel_address, new_call
 from .numba_gradients import Factors, make_products, scratch_size, sum_columns
 from .numba_layer import (
     BLOCK_BYTES,
@@ -211,7 +211,7 @@ def _make_plan(sizes: Sizes, batch_sizes: Tensor | None = None) -> Plan:
     values[field.SCRATCH_SIZE] = -(-scratch // lanes) * lanes
     regions = {field.SCRATCH: values[field.SCRATCH_SIZE] * max(len(parts), threads)}
     regions |= {place: directions * count for place, count in arrays.items()}
-    return Plan(tuple(values), *places(regions, sizes.itemsize), threads, 1)
+    return Plan(new_call(values), *places(regions, sizes.itemsize), threads, 1)
 
 
 class Parameters(NamedTuple):
@@ -333,15 +333,13 @@ def _run(cell, reset_after, backward, needed, x, parameters, masks, h0, batch_si
         *(torch.get_num_threads(), rows, steps, batch, sources, input_size, size, tuple(reverse)),
     )
     plan = _make_plan(sizes) if batch_sizes is None else _make_plan.__wrapped__(sizes, batch_sizes)
-    values = list(plan.values)
-    for place, keep in (
-        (field.KEEP_HIDDEN_STRIDE, masks.keep_hidden),
-        (field.KEEP_CELL_STRIDE, masks.keep_cell),
-    ):
-        values[place] = 0 if keep is None or len(keep) == 1 else len(reverse) * size
+    strides = {
+        place: 0 if keep is None or len(keep) == 1 else len(reverse) * size
+        for place, keep in ((field.KEEP_HIDDEN_STRIDE, masks.keep_hidden), (field.KEEP_CELL_STRIDE, masks.keep_cell))
+    }
     arrays |= _arrays(x, parameters, masks, dtype)
     arrays |= {field.BATCH_SIZES: batch_sizes, field.RESETS: None if resets is None else resets.contiguous()}
-    run_plan(plan._replace(values=tuple(values)), kernel(cell, reset_after, norm, backward, dtype), arrays)
+    run_plan(plan, kernel(cell, reset_after, norm, backward, dtype), arrays, strides)
 
 
 def forward(

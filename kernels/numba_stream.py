@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import numba_call as field
 from .numba_call import OUTPUT, X
-from .numba_compile import prepare_run
+from .numba_compile import copy_of, prepare_run
 from .numba_layer import Sizes, kernel, make_plan, new_panels
 
 
@@ -36,7 +36,7 @@ class _Prepared:
             *(input_size, size, state_size, (0,), weight_hr is not None, False, 1),
         )
         plan = make_plan(sizes)
-        call = list(plan.values)
+        call = copy_of(plan.call)
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu")
         panels = new_panels(plan) if plan.kept else None
         for memory, places in ((scratch, plan.regions), (panels, plan.kept)):
@@ -49,7 +49,8 @@ class _Prepared:
         for place, tensor in arrays.items():
             if tensor is not None:
                 call[place] = tensor.data_ptr()
-        self.run, self.values = prepare_run(kernel(cell_name, False, dtype, weight_hr is not None), call, plan.threads)
+        self.run = prepare_run(kernel(cell_name, False, dtype, weight_hr is not None), call, plan.threads)
+        self.values = call
         # Threads that share the hidden units read one copy of the state and write another.
         self.shared = plan.members > 1
         self._keep = (scratch, panels, arrays)
