@@ -45,7 +45,8 @@ bench: $(STAMP) ## Quick benchmark against torch.nn: a table and a plot
 # Tests of numbers run on all cores, and with them what is timed, for it runs beside nothing else. The others are two
 # processes with one thread each, for two that both use every core wait for each other; the first has most of what compiles.
 NUMBERS = $(addprefix tests/test_, differential.py matrix.py properties.py)
-COMPILING = $(addprefix tests/test_, cache.py combinations.py cuda_build.py cuda_host.py options.py triton_compile.py)
+COMPILING = $(addprefix tests/test_, cache.py combinations.py cuda_build.py cuda_host.py options.py \
+	options_and_lengths.py triton_compile.py)
 TIMED = tests/test_cache.py::test_first_call_is_quick \
 	tests/test_packaging.py::test_importing_is_quick_and_takes_neither_numba_nor_triton
 

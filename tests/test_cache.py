@@ -1,6 +1,7 @@
 """Compiled kernels on disk: used again, told apart, mended when damaged, done without where nothing can be written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,21 +41,32 @@ def test_first_call_is_quick(name, tmp_path):
     assert warm < 0.5
 
 
-def test_kernels_are_kept_and_used_again(tmp_path):
-    first_call(tmp_path)
-    (kernel,) = tmp_path.iterdir()
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder with the kernel of one first call, for every test to copy."""
+    folder = tmp_path_factory.mktemp("compiled")
+    first_call(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(compiled, tmp_path):
+    return Path(shutil.copytree(compiled, tmp_path / "cache"))
+
+
+def test_kernels_are_kept_and_used_again(cache):
+    (kernel,) = cache.iterdir()
     written = kernel.stat().st_mtime_ns
-    first_call(tmp_path)
-    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [written]
+    first_call(cache)
+    assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [written]
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: content[::-1]])
-def test_damaged_file_is_compiled_again(damage, tmp_path):
-    first_call(tmp_path)
-    (kernel,) = tmp_path.iterdir()
+def test_damaged_file_is_compiled_again(damage, cache):
+    (kernel,) = cache.iterdir()
     content = kernel.read_bytes()
     kernel.write_bytes(damage(content))
-    first_call(tmp_path)
+    first_call(cache)
     assert len(kernel.read_bytes()) > len(content) // 2
 
 
