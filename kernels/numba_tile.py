@@ -124,7 +124,8 @@ def _tile(
                 weights.append(builder.load(builder.bitcast(spot, operand.as_pointer()), align=alignment))
             else:
                 weights.append(masked_load(builder, vector, spot, masks[v]))
-        if packed.literal_value:
+        # a tile of few rows reads as fast as it can: requests would only delay it
+        if packed.literal_value and row_count >= 4:
             for offset in range(0, FETCHED_BYTES, CACHE_LINE):
                 prefetch(builder, builder.gep(ahead, [builder.add(ahead_offset, index(offset // alignment))]))
         activations = [broadcast(builder, builder.load(builder.gep(row, [a_offset])), lane_count) for row in a_rows]
@@ -241,36 +242,40 @@ def _dot_products(typingctx, rows, a, a_stride, weight, depth, columns, out, out
                         total.add_incoming(source, block)
                 return totals
 
+            blocks = ("choose", "short", "long", "after", "rest", "done")
             start = builder.block
-            loop, after = builder.append_basic_block("dot.depth"), builder.append_basic_block("dot.after")
-            rest, done = builder.append_basic_block("dot.rest"), builder.append_basic_block("dot.done")
-            builder.cbranch(builder.icmp_signed(">", full, index(0)), loop, after)
+            choose, short, long, after, rest, done = (builder.append_basic_block(f"dot.{name}") for name in blocks)
+            builder.cbranch(builder.icmp_signed(">", full, index(0)), choose, after)
+            builder.position_at_end(choose)
+            builder.cbranch(is_short, short, long)
 
-            builder.position_at_end(loop)
-            k = builder.phi(index)
-            k.add_incoming(index(0), start)
-            sums = merged((zeros, start))
+            def along_the_lines(loop, level):
+                """The sums after a loop over whole vectors; it asks for the next columns in the cache of ``level``."""
+                builder.position_at_end(loop)
+                k = builder.phi(index)
+                k.add_incoming(index(0), choose)
+                sums = merged((zeros, choose))
 
-            def whole(pointer):
-                return builder.load(builder.bitcast(builder.gep(pointer, [k]), vector.as_pointer()), align=alignment)
+                def whole(pointer):
+                    spot = builder.bitcast(builder.gep(pointer, [k]), vector.as_pointer())
+                    return builder.load(spot, align=alignment)
 
-            # the next columns: a line is too short for the processor to see where it leads
-            ahead = builder.add(k, builder.mul(depth, index(group_columns)))
-            with builder.if_else(is_short) as (short, long):
-                for level, branch in ((1, short), (2, long)):
-                    with branch:
-                        for line in lines:
-                            prefetch(builder, builder.gep(line, [ahead]), level)
-            end_of_loop = builder.block
-            updated = products(whole, sums)
-            following = builder.add(k, index(lane_count))
-            k.add_incoming(following, end_of_loop)
-            for total, update in zip(sums, updated, strict=True):
-                total.add_incoming(update, end_of_loop)
-            builder.cbranch(builder.icmp_signed("<", following, full), loop, after)
+                # a line is too short for the processor to see where it leads
+                ahead = builder.add(k, builder.mul(depth, index(group_columns)))
+                for line in lines:
+                    prefetch(builder, builder.gep(line, [ahead]), level)
+                updated = products(whole, sums)
+                following = builder.add(k, index(lane_count))
+                k.add_incoming(following, loop)
+                for total, update in zip(sums, updated, strict=True):
+                    total.add_incoming(update, loop)
+                builder.cbranch(builder.icmp_signed("<", following, full), loop, after)
+                return updated, loop
 
+            # two loops: a branch within one takes a tenth of its time
+            ends = along_the_lines(short, 1), along_the_lines(long, 2)
             builder.position_at_end(after)
-            totals = merged((zeros, start), (updated, end_of_loop))
+            totals = merged((zeros, start), *ends)
             builder.cbranch(has_rest, rest, done)
             builder.position_at_end(rest)
             completed = products(
